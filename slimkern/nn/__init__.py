@@ -1,0 +1,5 @@
+"""Masked and fused modules: own parameters and buffers, compute through ops."""
+
+from slimkern.nn.masked import MaskedLinear
+
+__all__ = ["MaskedLinear"]

@@ -1,0 +1,63 @@
+"""The masked state: modules with full-size weights that compute only what is kept."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from slimkern.ops import indexed_linear
+
+
+class MaskedLinear(nn.Linear):
+    """An ``nn.Linear`` of which only some rows and columns take part.
+
+    ``y = x @ weight[rows][:, cols]ᵀ + bias[rows]``: ``x`` has the kept columns only and ``y`` the
+    kept rows only. Gradients land in the kept rows and columns of the full-size weight; the rest
+    is zero.
+
+    Attributes:
+        rows: sorted int64 indices of the kept output features, or ``None`` for all.
+        cols: sorted int64 indices of the kept input features, or ``None`` for all.
+        backend: an implementation of :func:`slimkern.ops.indexed_linear`, or ``None`` for the
+            default.
+
+    The index vectors are non-persistent buffers: they follow ``.to(device)``, and the state dict
+    is that of the plain linear.
+    """
+
+    rows: Tensor | None
+    cols: Tensor | None
+    backend: str | None
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear) -> MaskedLinear:
+        """Turn a plain linear into a masked one that keeps everything, in place.
+
+        The same object changes class, so that its parameters stay in optimizers, its hooks stay
+        mounted and other references to it see the change.
+        """
+        if isinstance(linear, cls):
+            return linear
+        linear.__class__ = cls
+        linear.register_buffer("rows", None, persistent=False)
+        linear.register_buffer("cols", None, persistent=False)
+        linear.backend = None  # type: ignore[assignment]
+        return linear  # type: ignore[return-value]
+
+    def release(self) -> nn.Linear:
+        """The inverse of :meth:`adopt`: a plain ``nn.Linear`` again, weights untouched."""
+        del self._buffers["rows"], self._buffers["cols"], self.backend
+        self._non_persistent_buffers_set -= {"rows", "cols"}
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` [..., len(cols)] -> [..., len(rows)]."""
+        return indexed_linear(
+            input, self.weight, self.bias, self.rows, self.cols, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        """The linear's description with what is kept of it."""
+        rows = self.out_features if self.rows is None else len(self.rows)
+        cols = self.in_features if self.cols is None else len(self.cols)
+        return f"{super().extra_repr()}, kept_in={cols}, kept_out={rows}"

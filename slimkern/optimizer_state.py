@@ -1,0 +1,53 @@
+"""Carrying an optimizer over to smaller parameters: exchange of tensors, cutting of their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Steps = list[tuple[int, Tensor]]
+
+
+def check_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer whose state can't be cut with its parameters.
+
+    Raises:
+        ValueError: a state tensor has dimensions, but not those of its parameter (a factored
+            second moment, a low-rank or block-wise quantized state).
+    """
+    for parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(
+                    f"optimizer {type(optimizer).__name__}: state {key!r} of shape "
+                    f"{tuple(value.shape)} can't be cut with its parameter of shape "
+                    f"{tuple(parameter.shape)}; slim without optimizer= and make a new one"
+                )
+
+
+def move_state(
+    optimizer: torch.optim.Optimizer,
+    moves: Mapping[nn.Parameter, tuple[nn.Parameter, Steps]],
+) -> None:
+    """Let an optimizer own the new parameters in place of the old, its state cut alike.
+
+    Args:
+        optimizer: checked by :func:`check_state`.
+        moves: old parameter -> (new parameter, ``(dim, kept entries)`` cuts in order).
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [moves[p][0] if p in moves else p for p in group["params"]]
+    for old, (new, steps) in moves.items():
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            optimizer.state[new] = {k: _cut_like(v, old, steps) for k, v in state.items()}
+
+
+def _cut_like(value: object, old: nn.Parameter, steps: Steps) -> object:
+    if not isinstance(value, Tensor) or value.shape != old.shape:
+        return value
+    for dim, index in steps:
+        value = value.index_select(dim, index.to(value.device))
+    return value.contiguous()

@@ -1,0 +1,311 @@
+"""Scores to kept units: the selection under a target, its rounding, and the plan that records it.
+
+Everything here is a pure function of its arguments or frozen data. A :class:`SlimPlan` carries the
+description of its groups, so that it can be applied to a fresh model without tracing it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkern.discovery.groups import Group
+
+SCOPES = ("local", "global")
+_FORMAT, _VERSION = "slimkern-plan", 1
+_EPS = 1e-9  # 0.29 * 100 is 28.999... in binary: a target that is a whole number must be met
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What stays of one group.
+
+    Attributes:
+        group: the group, as discovery described it.
+        keep: sorted indices of the kept units in the **original** layer.
+    """
+
+    group: Group
+    keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        name, n = self.group.name, self.group.num_units
+        if not self.keep:
+            raise ValueError(f"plan for {name!r} keeps no unit; at least one of {n} must stay")
+        if list(self.keep) != sorted(set(self.keep)):
+            raise ValueError(f"plan for {name!r}: keep must be sorted and without repeats")
+        if self.keep[0] < 0 or self.keep[-1] >= n:
+            raise ValueError(
+                f"plan for {name!r}: keep runs from {self.keep[0]} to {self.keep[-1]}, "
+                f"but the group has units 0 to {n - 1}"
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of units removed."""
+        return 1 - len(self.keep) / self.group.num_units
+
+
+@dataclass(frozen=True)
+class SlimPlan:
+    """The decision: which units of which groups stay. Frozen, and stable as JSON text.
+
+    Attributes:
+        entries: one entry per group that the plan speaks of.
+        notes: what the selection could not do as asked (a cut that rounding cancelled, a target
+            that floors made unreachable), one sentence each.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        names = [e.group.name for e in self.entries]
+        if len(set(names)) != len(names):
+            raise ValueError(f"plan names a group twice: {names}")
+
+    def __getitem__(self, name: str) -> PlanEntry:
+        for entry in self.entries:
+            if entry.group.name == name:
+                return entry
+        raise KeyError(f"the plan has no group {name!r}")
+
+    def __iter__(self) -> Any:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def to_json(self) -> str:
+        """The plan as JSON text: the same plan gives the same text."""
+        data = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "groups": [{**e.group.to_dict(), "keep": list(e.keep)} for e in self.entries],
+            "notes": list(self.notes),
+        }
+        return json.dumps(data, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> SlimPlan:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: the text is no plan, or one of an unknown version.
+        """
+        try:
+            data = json.loads(text)
+            if data["format"] != _FORMAT or data["version"] != _VERSION:
+                raise ValueError(
+                    f"not a plan this version reads: format {data['format']!r}, "
+                    f"version {data['version']!r}; expected {_FORMAT!r}, {_VERSION}"
+                )
+            entries = []
+            for row in data["groups"]:
+                keep = tuple(int(i) for i in row.pop("keep"))
+                entries.append(PlanEntry(Group.from_dict(row), keep))
+            return cls(tuple(entries), tuple(data["notes"]))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a slimkern plan: {error!r}") from error
+
+
+def compose(first: SlimPlan, then: SlimPlan) -> SlimPlan:
+    """The plan that does in one cut what ``first`` and, on its result, ``then`` do.
+
+    Kept indices of the result are those of the original layers.
+    """
+    later = {e.group.name: e for e in then.entries}
+    entries = []
+    for entry in first.entries:
+        second = later.pop(entry.group.name, None)
+        keep = entry.keep if second is None else tuple(entry.keep[i] for i in second.keep)
+        entries.append(PlanEntry(entry.group, keep))
+    return SlimPlan((*entries, *later.values()), first.notes + then.notes)
+
+
+def round_width(width: int, multiple_of: int, num_units: int) -> int:
+    """The smallest multiple of ``multiple_of`` that holds ``width``, at most ``num_units``."""
+    return min(num_units, -(-width // multiple_of) * multiple_of)
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    *,
+    scope: str = "local",
+    multiple_of: int = 1,
+    min_units: int = 1,
+    min_sparsity: float = 0.0,
+    max_sparsity: float = 1.0,
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """The units that stay when the fraction ``sparsity`` with the lowest scores goes.
+
+    With ``k = int(sparsity * units)`` exactly the k lowest-scored units go (per group in the local
+    scope, over all groups in the global one); equal scores go by index. Then each group's width is
+    rounded **up** to a multiple of ``multiple_of``: its best-scored removed units stay.
+
+    Args:
+        scores: a 1-D tensor per group, one score per unit.
+        sparsity: the fraction to remove, in [0, 1).
+        scope: ``local`` (each group loses the fraction) or ``global`` (all groups together).
+        multiple_of: the width that remains is a multiple of it (or the full width).
+        min_units: units that stay in every group.
+        min_sparsity: each group loses at least this fraction, global scope.
+        max_sparsity: no group loses more than this fraction.
+
+    Returns:
+        kept indices per group, sorted; and notes on what could not be done as asked.
+
+    Raises:
+        ValueError: an argument is out of range, or a score is NaN.
+    """
+    _check_selection(scores, sparsity, scope, multiple_of, min_units)
+    order = {n: torch.argsort(s.detach().float().cpu(), stable=True) for n, s in scores.items()}
+    size = {n: len(o) for n, o in order.items()}
+    cap = {n: max(0, min(z - min_units, int(max_sparsity * z + _EPS))) for n, z in size.items()}
+    if scope == "local":
+        gone = {n: min(int(sparsity * z + _EPS), cap[n]) for n, z in size.items()}
+    else:
+        floor = {n: min(int(min_sparsity * z + _EPS), cap[n]) for n, z in size.items()}
+        gone = _global_counts(scores, order, floor, cap, int(sparsity * sum(size.values()) + _EPS))
+    keep, notes = {}, []
+    for name, ranked in order.items():
+        width = round_width(size[name] - gone[name], multiple_of, size[name])
+        if gone[name] and width == size[name]:
+            notes.append(
+                f"{name}: rounding {size[name] - gone[name]} of {size[name]} units up to a "
+                f"multiple of {multiple_of} cancels the whole cut"
+            )
+        keep[name] = tuple(sorted(ranked[size[name] - width :].tolist()))
+    asked = int(sparsity * sum(size.values()) + _EPS) if scope == "global" else 0
+    if sum(gone.values()) < asked:
+        notes.append(f"floors and limits allow {sum(gone.values())} of {asked} units to go")
+    return keep, tuple(notes)
+
+
+def _check_selection(
+    scores: Mapping[str, Tensor], sparsity: float, scope: str, multiple_of: int, min_units: int
+) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
+    if min_units < 1:
+        raise ValueError(f"min_units must be at least 1, got {min_units}")
+    for name, score in scores.items():
+        if score.dim() != 1:
+            raise ValueError(f"scores of {name!r} must be 1-D, got shape {tuple(score.shape)}")
+        if torch.isnan(score).any():
+            raise ValueError(f"scores of {name!r} hold NaN: {int(torch.isnan(score).sum())}")
+
+
+def _global_counts(
+    scores: Mapping[str, Tensor],
+    order: Mapping[str, Tensor],
+    floor: Mapping[str, int],
+    cap: Mapping[str, int],
+    total: int,
+) -> dict[str, int]:
+    """How many units each group loses when the ``total`` lowest scores of all go."""
+    gone = dict(floor)
+    queue = [
+        (float(scores[name][unit]), position, rank, name)
+        for position, (name, ranked) in enumerate(order.items())
+        for rank, unit in enumerate(ranked.tolist())
+        if floor[name] <= rank < cap[name]
+    ]
+    queue.sort()
+    for _, _, _, name in queue[: max(0, total - sum(gone.values()))]:
+        gone[name] += 1
+    return gone
+
+
+def make_plan(
+    groups: Iterable[Group],
+    scores: Mapping[str, Tensor],
+    ffn_sparsity: float = 0.5,
+    mha_sparsity: float = 0.5,
+    scope: str = "local",
+    multiple_of: int = 32,
+    min_units: int = 1,
+) -> SlimPlan:
+    """A plan from scores: :func:`select` for FFN channels and for heads.
+
+    Args:
+        groups: what :func:`slimkern.discover` returned, or some of its groups. A group without
+            scores is left alone.
+        scores: ``{group name: 1-D tensor of num_units scores}``, as ``importance`` returns.
+        ffn_sparsity, mha_sparsity: the fraction of channels and of heads to remove, in [0, 1).
+        scope: ``local`` or ``global``.
+        multiple_of: widths of FFN layers are rounded up to it; heads are not rounded.
+        min_units: units that stay in every group.
+
+    Raises:
+        ValueError: an argument is out of range, or scores do not fit a group.
+        KeyError: scores name a group that is not there.
+    """
+    by_name = {g.name: g for g in groups}
+    unknown = sorted(set(scores) - set(by_name))
+    if unknown:
+        raise KeyError(f"scores name no group of these: {unknown}; groups: {sorted(by_name)}")
+    for name, score in scores.items():
+        if tuple(score.shape) != (by_name[name].num_units,):
+            raise ValueError(
+                f"scores of {name!r} have shape {tuple(score.shape)}, "
+                f"expected ({by_name[name].num_units},)"
+            )
+    kept: dict[str, tuple[int, ...]] = {}
+    notes: tuple[str, ...] = ()
+    for kind, sparsity, multiple in (("ffn", ffn_sparsity, multiple_of), ("mha", mha_sparsity, 1)):
+        own = {n: s for n, s in scores.items() if by_name[n].kind == kind}
+        keep, more = select(
+            own, sparsity, scope=scope, multiple_of=multiple, min_units=min_units
+        )
+        kept.update(keep)
+        notes += more
+    entries = tuple(PlanEntry(g, kept[n]) for n, g in by_name.items() if n in kept)
+    return SlimPlan(entries, notes)
+
+
+def dead_units(model: nn.Module, group: Group) -> Tensor:
+    """Which units of a group contribute nothing: a bool vector, true where every consumer's
+    columns are exactly zero (see DESIGN: that alone makes the removal exact)."""
+    dead = torch.ones(group.num_units, dtype=torch.bool)
+    for member in group.consumers:
+        weight = model.get_submodule(member.name).weight
+        columns = (weight.detach() == 0).all(dim=0)
+        dead &= columns.view(group.num_units, member.unit_size).all(dim=1).cpu()
+    return dead
+
+
+def plan_from_zeros(model: nn.Module, groups: Iterable[Group], multiple_of: int = 32) -> SlimPlan:
+    """The plan that removes what is already zero in a model.
+
+    FFN widths are rounded up to ``multiple_of``: dead channels of lowest index stay to reach it,
+    and one dead unit stays where a layer is all zero.
+    """
+    if multiple_of < 1:
+        raise ValueError(f"round_multiplier must be at least 1, got {multiple_of}")
+    entries, notes = [], []
+    for group in groups:
+        dead = dead_units(model, group)
+        live = max(1, group.num_units - int(dead.sum()))
+        multiple = multiple_of if group.kind == "ffn" else 1
+        width = round_width(live, multiple, group.num_units)
+        if dead.any() and width == group.num_units and group.num_units > 1:
+            notes.append(
+                f"{group.name}: rounding {live} live of {group.num_units} units up to a multiple "
+                f"of {multiple} cancels the whole cut"
+            )
+        spare = torch.nonzero(dead).flatten()[: width - (group.num_units - int(dead.sum()))]
+        keep = ~dead
+        keep[spare] = True
+        entries.append(PlanEntry(group, tuple(torch.nonzero(keep).flatten().tolist())))
+    return SlimPlan(tuple(entries), tuple(notes))
