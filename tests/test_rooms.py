@@ -1,0 +1,143 @@
+"""Every import is in a room that may hold it (DESIGN, Rooms), and importing the package is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "slimkern"
+
+STDLIB = set(sys.stdlib_module_names)
+DATA = {"slimkern.discovery.groups"}  # frozen descriptions that plans and surgery speak in
+READERS = {"torch", "slimkern.discovery", "slimkern.plan", "slimkern.config", "slimkern.schedule"}
+LIBRARY = {
+    *READERS,
+    "slimkern.criteria",
+    "slimkern.surgery",
+    "slimkern.optimizer_state",
+    "slimkern.pruning",
+    "slimkern.nn",
+    "slimkern.ops",
+    "slimkern.cpu",
+    "slimkern.auto_slim",
+    "slimkern.checkpoint",
+    "slimkern.timing",
+    "safetensors",
+    "numpy",
+}
+HF = {"transformers", "accelerate"}
+TRAINING = {*LIBRARY, *HF, "slimkern.training", "rich", "scipy", "pandas", "pyarrow"}
+EVERYTHING = {*TRAINING, "slimkern", "typer", "click", "jinja2", "matplotlib"}
+
+# The first prefix that fits decides. "slimkern.x" allows the module and all below it.
+ROOMS: list[tuple[str, set[str]]] = [
+    ("ops/_registry.py", {"torch"}),
+    ("ops/_native.py", {"torch", "slimkern._C"}),
+    ("ops/_tile.py", {"triton"}),
+    ("ops/*/reference.py", {"torch"}),
+    ("ops/*/cpu.py", {"torch", "slimkern.ops._native"}),
+    ("ops/*/triton.py", {"torch", "triton", "slimkern.ops._tile"}),
+    ("ops/", {"torch", "slimkern.ops"}),
+    ("nn/", {"torch", "slimkern.ops", "slimkern.nn"}),
+    ("cpu.py", {"torch", "slimkern.ops._native"}),
+    ("discovery/", {"torch", "slimkern.discovery"}),
+    ("schedule.py", {"torch"}),
+    ("config.py", {"torch", "slimkern.schedule"}),
+    ("plan.py", {"torch", *DATA}),
+    ("criteria.py", {"torch", "slimkern.discovery", "slimkern.plan"}),
+    ("optimizer_state.py", {"torch"}),
+    ("surgery.py", {"torch", "slimkern.plan", "slimkern.nn", "slimkern.optimizer_state", *DATA}),
+    ("pruning.py", {*READERS, "slimkern.criteria", "slimkern.surgery", "slimkern.nn"}),
+    ("timing.py", {"torch", "numpy", "slimkern.cpu"}),
+    ("auto_slim.py", LIBRARY),
+    ("checkpoint.py", {*LIBRARY, "transformers"}),
+    ("training/", TRAINING),
+    ("cli/", EVERYTHING),
+    ("report/", EVERYTHING),
+    ("__init__.py", LIBRARY),
+]
+NOBODY_IMPORTS = ("slimkern.cli", "slimkern.report")
+
+
+def _room(path: str) -> set[str]:
+    for pattern, allowed in ROOMS:
+        if path == pattern or path.startswith(pattern) or Path(path).match(pattern):
+            return allowed
+    raise AssertionError(f"slimkern/{path} is in no room: add it to the table")
+
+
+def _imports(tree: ast.AST, package: str) -> list[tuple[int, str]]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parent = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parent, base] if base else parent)
+            found += [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
+    return found
+
+
+def _allowed(name: str, allowed: set[str]) -> bool:
+    return any(name == a or name.startswith(a + ".") for a in allowed)
+
+
+def violations(path: Path, root: Path = PACKAGE) -> list[str]:
+    relative = path.relative_to(root).as_posix()
+    package = ".".join(["slimkern", *path.relative_to(root).parts[:-1]])
+    allowed = _room(relative)
+    wrong = []
+    for line, name in _imports(ast.parse(path.read_text()), package):
+        if name.split(".")[0] in STDLIB or _allowed(name, allowed):
+            continue
+        wrong.append(f"{relative}:{line} may not import {name}")
+    return wrong
+
+
+def test_every_import_is_in_its_room():
+    wrong = [v for path in sorted(PACKAGE.rglob("*.py")) for v in violations(path)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_line_in_the_wrong_room_is_found(tmp_path):
+    room = tmp_path / "ops" / "indexed_linear"
+    room.mkdir(parents=True)
+    (room / "reference.py").write_text("import torch\nfrom slimkern.ops import _registry\n")
+    assert violations(room / "reference.py", tmp_path) == [
+        "ops/indexed_linear/reference.py:2 may not import slimkern.ops._registry"
+    ]
+    (tmp_path / "plan.py").write_text("from slimkern.surgery import mask_\n")
+    assert violations(tmp_path / "plan.py", tmp_path) == [
+        "plan.py:1 may not import slimkern.surgery.mask_"
+    ]
+
+
+def test_nothing_imports_the_command_or_the_report():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE).as_posix()
+        if relative.startswith(("cli/", "report/")):
+            continue
+        for line, name in _imports(ast.parse(path.read_text()), "slimkern"):
+            assert not name.startswith(NOBODY_IMPORTS), f"{relative}:{line} imports {name}"
+
+
+def test_only_the_registry_calls_torch_library_and_only_native_imports_the_module():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative, text = path.relative_to(PACKAGE).as_posix(), path.read_text()
+        if relative != "ops/_registry.py":
+            assert "torch.library." not in text, relative
+        if relative != "ops/_native.py":
+            assert "import _C" not in text, relative
+
+
+@pytest.mark.parametrize("heavy", ["triton", "transformers", "rich", "scipy", "matplotlib"])
+def test_importing_the_package_is_light(heavy):
+    code = f"import torch, sys; before = set(sys.modules); import slimkern; print({heavy!r} in set(sys.modules) - before)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
