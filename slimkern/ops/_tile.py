@@ -1,0 +1,227 @@
+"""Shared Triton helpers: address arithmetic and masked tiles on the device, tile choice on the host.
+
+Everything an op's ``triton.py`` has in common with the next op's lives here, and nothing that knows
+an op. Offsets are int64 throughout: a token offset times a row stride passes 2**31 long before a
+GPU's memory is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = [
+    "INTERPRETED",
+    "Tile",
+    "alignment",
+    "bucket",
+    "check_tensors",
+    "choose_tile",
+    "device_of",
+    "dot",
+    "gather_index",
+    "input_precision",
+    "launch_options",
+    "load_tile",
+    "offsets",
+    "splits",
+    "store_tile",
+    "swizzle",
+    "with_alignment",
+]
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# ---- device side -------------------------------------------------------------------------------
+
+
+@triton.jit
+def swizzle(pid, num_a, num_b, GROUP: tl.constexpr):
+    """Program id -> (tile a, tile b), in groups of ``GROUP`` rows of tiles that share L2 lines."""
+    per_group = GROUP * num_b
+    first = (pid // per_group) * GROUP
+    size = tl.minimum(num_a - first, GROUP)
+    within = pid % per_group
+    return first + within % size, within // size
+
+
+# A kernel knows whether it is being interpreted; the flag is a constant to the compiler.
+INTERPRETED = tl.constexpr(not isinstance(swizzle, triton.JITFunction))
+
+
+@triton.jit
+def offsets(tile, BLOCK: tl.constexpr):
+    """The int64 positions of tile number ``tile``."""
+    return tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def with_alignment(size, ALIGN: tl.constexpr):
+    """``size``, a multiple of ``ALIGN`` by the launcher's promise, in a form that says so.
+
+    Triton itself only tells multiples of 16 from all other numbers. The widths that slimming leaves
+    (308, 40) are multiples of 4 or 8, and the compiler needs to know for wide loads.
+    """
+    return (size // ALIGN) * ALIGN
+
+
+@triton.jit
+def gather_index(index_ptr, offs, mask, HAS_INDEX: tl.constexpr):
+    """Positions in the full-size tensor of the compact positions ``offs``."""
+    if HAS_INDEX:
+        return tl.load(index_ptr + offs, mask=mask, other=0)
+    return offs
+
+
+@triton.jit
+def load_tile(ptr, offs_0, stride_0, mask_0, offs_1, stride_1, mask_1):
+    """The 2-D tile at ``offs_0 x offs_1``; zeros where either mask is off."""
+    pointers = ptr + (offs_0 * stride_0)[:, None] + (offs_1 * stride_1)[None, :]
+    return tl.load(pointers, mask=mask_0[:, None] & mask_1[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, value, offs_0, stride_0, mask_0, offs_1, stride_1, mask_1):
+    """Writes ``value``, rounded once to the destination's type, at ``offs_0 x offs_1``."""
+    pointers = ptr + (offs_0 * stride_0)[:, None] + (offs_1 * stride_1)[None, :]
+    mask = mask_0[:, None] & mask_1[None, :]
+    tl.store(pointers, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b``, accumulated in float32."""
+    if INTERPRETED:
+        # The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those. Products
+        # of two halves are exact in float32, so widening changes no result.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+# ---- host side ---------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """One configuration of a tiled kernel: an ``a x b`` output tile, reduced ``k`` at a time."""
+
+    a: int
+    b: int
+    k: int
+    warps: int
+    stages: int
+
+
+# A launch should give every multiprocessor of a large GPU something to do.
+_PROGRAMS = 128
+
+
+def bucket(size: int) -> int:
+    """The power of two at or above ``size``: close sizes share a configuration and its compile."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def choose_tile(tiles: Sequence[Tile], a: int, b: int, slices: int = 1) -> Tile:
+    """The first of ``tiles`` (large to small) that is no larger than the output and fills a GPU.
+
+    Where none does, time goes by how many multiprocessors take part, so the smallest of those that
+    pad ``a`` least.
+
+    Args:
+        tiles: configurations, from the largest output tile to the smallest.
+        a, b: the output's sizes.
+        slices: into how many slices the caller can cut the reduction.
+    """
+    for tile in tiles:
+        fits = tile.a <= bucket(a) and tile.b <= bucket(b)
+        if fits and triton.cdiv(a, tile.a) * triton.cdiv(b, tile.b) * slices >= _PROGRAMS:
+            return tile
+    return min(reversed(tiles), key=lambda tile: triton.cdiv(a, tile.a) * tile.a)
+
+
+def splits(programs: int, steps: int, least_steps: int = 4) -> int:
+    """Into how many slices a reduction of ``steps`` blocks is cut so that the GPU has work.
+
+    A power of two that depends on sizes alone, never on the device, so that sums are taken in the
+    same order everywhere.
+    """
+    wanted = min(2 * _PROGRAMS // max(programs, 1), steps // least_steps)
+    return 1 << (max(wanted, 1).bit_length() - 1)
+
+
+def alignment(*sizes: int) -> int:
+    """The largest power of two, at most 16, that divides every size and stride given."""
+    align = 16
+    for size in sizes:
+        while size % align:
+            align //= 2
+    return align
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Triton's name for the float32 matmul precision that PyTorch's own settings ask for.
+
+    ``tf32`` only where ``torch.set_float32_matmul_precision`` or ``torch.backends`` allows it, and
+    ``ieee`` otherwise. On AMD GPUs always ``ieee``: their matrix units multiply float32 natively.
+    """
+    if dtype is not torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # `allow_tf32` raises once a user has mixed the two settings; `fp32_precision` never does, but
+    # only newer releases of torch have it.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def launch_options(tile: Tile) -> dict[str, int]:
+    """``num_warps`` and ``num_stages`` for a launch.
+
+    An AMD compute unit has 64 KiB of local memory, so its pipeline is two stages deep.
+    """
+    stages = tile.stages if torch.version.hip is None else min(tile.stages, 2)
+    return {"num_warps": tile.warps, "num_stages": stages}
+
+
+def check_tensors(op: str, **tensors: torch.Tensor) -> None:
+    """Says what a kernel would otherwise turn into a crash or into wrong numbers.
+
+    Raises:
+        TypeError: a dtype other than float32, float16 or bfloat16, or several of them.
+        ValueError: tensors that no Triton kernel can reach from here, or on several devices.
+    """
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype}; the Triton kernels take float32, float16 and "
+                f"bfloat16"
+            )
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype} and {first_name} is {first.dtype}; both must have "
+                f"one dtype"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} and {first_name} on {first.device}; both must "
+                f"be on one device"
+            )
+    if first.device.type != "cuda" and not INTERPRETED.value:
+        raise ValueError(
+            f"{op}: {first_name} is on {first.device}; the Triton kernels need a GPU (or Triton's "
+            f"interpreter, which TRITON_INTERPRET=1 turns on when set before the first import)"
+        )
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one: Triton launches on the current device."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return nullcontext()

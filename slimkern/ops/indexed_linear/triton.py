@@ -1,0 +1,416 @@
+"""``indexed_linear`` on GPUs: kept rows and columns are gathered while tiles are loaded.
+
+The equations are those of ``reference.py``. ``W`` is ``[N, K]``; ``R`` and ``C`` are the numbers of
+kept rows and columns (``N`` and ``K`` where there is no index vector), ``M`` the number of tokens.
+Every output element is one program's sum, or a fixed-order sum of slices: no atomics, so results
+are the same from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .._tile import (
+    Tile,
+    alignment,
+    bucket,
+    check_tensors,
+    choose_tile,
+    device_of,
+    dot,
+    gather_index,
+    input_precision,
+    launch_options,
+    load_tile,
+    offsets,
+    splits,
+    store_tile,
+    swizzle,
+    with_alignment,
+)
+
+__all__ = ["indexed_linear_db", "indexed_linear_dw", "indexed_linear_dx", "indexed_linear_fwd"]
+
+
+@triton.jit
+def _indexed_linear_fwd_kernel(
+    x_ptr, w_ptr, b_ptr, rows_ptr, cols_ptr, y_ptr,
+    M, R, C,
+    stride_xm, stride_xc, stride_wn, stride_wk, stride_b, stride_ym,
+    HAS_ROWS: tl.constexpr, HAS_COLS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One ``[BLOCK_M, BLOCK_R]`` tile of ``y = x @ W[rows][:, cols]^T + b[rows]``."""
+    R = with_alignment(R, ALIGN)
+    C = with_alignment(C, ALIGN)
+    stride_xm = with_alignment(stride_xm, ALIGN)
+    stride_wn = with_alignment(stride_wn, ALIGN)
+    stride_ym = with_alignment(stride_ym, ALIGN)
+    pid_m, pid_r = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R), GROUP)
+    offs_m = offsets(pid_m, BLOCK_M)
+    offs_r = offsets(pid_r, BLOCK_R)
+    mask_m = offs_m < M
+    mask_r = offs_r < R
+    rows = gather_index(rows_ptr, offs_r, mask_r, HAS_ROWS)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for block in range(tl.cdiv(C, BLOCK_C)):
+        offs_c = offsets(block, BLOCK_C)
+        mask_c = offs_c < C
+        cols = gather_index(cols_ptr, offs_c, mask_c, HAS_COLS)
+        x_tile = load_tile(x_ptr, offs_m, stride_xm, mask_m, offs_c, stride_xc, mask_c)
+        w_tile = load_tile(w_ptr, cols, stride_wk, mask_c, rows, stride_wn, mask_r)
+        acc = dot(x_tile, w_tile, acc, PRECISION)
+
+    if HAS_BIAS:
+        acc += tl.load(b_ptr + rows * stride_b, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+    store_tile(y_ptr, acc, offs_m, stride_ym, mask_m, offs_r, 1, mask_r)
+
+
+@triton.jit
+def _indexed_linear_bwd_dx_kernel(
+    gy_ptr, w_ptr, rows_ptr, cols_ptr, gx_ptr,
+    M, R, C,
+    stride_gm, stride_gr, stride_wn, stride_wk, stride_xm,
+    HAS_ROWS: tl.constexpr, HAS_COLS: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One ``[BLOCK_M, BLOCK_C]`` tile of ``grad_x = grad_y @ W[rows][:, cols]``."""
+    R = with_alignment(R, ALIGN)
+    C = with_alignment(C, ALIGN)
+    stride_gm = with_alignment(stride_gm, ALIGN)
+    stride_wn = with_alignment(stride_wn, ALIGN)
+    stride_xm = with_alignment(stride_xm, ALIGN)
+    pid_m, pid_c = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C), GROUP)
+    offs_m = offsets(pid_m, BLOCK_M)
+    offs_c = offsets(pid_c, BLOCK_C)
+    mask_m = offs_m < M
+    mask_c = offs_c < C
+    cols = gather_index(cols_ptr, offs_c, mask_c, HAS_COLS)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for block in range(tl.cdiv(R, BLOCK_R)):
+        offs_r = offsets(block, BLOCK_R)
+        mask_r = offs_r < R
+        rows = gather_index(rows_ptr, offs_r, mask_r, HAS_ROWS)
+        gy_tile = load_tile(gy_ptr, offs_m, stride_gm, mask_m, offs_r, stride_gr, mask_r)
+        w_tile = load_tile(w_ptr, rows, stride_wn, mask_r, cols, stride_wk, mask_c)
+        acc = dot(gy_tile, w_tile, acc, PRECISION)
+
+    store_tile(gx_ptr, acc, offs_m, stride_xm, mask_m, offs_c, 1, mask_c)
+
+
+@triton.jit
+def _indexed_linear_bwd_dw_kernel(
+    gy_ptr, x_ptr, rows_ptr, cols_ptr, out_ptr,
+    M, R, C, chunk,
+    stride_gm, stride_gr, stride_xm, stride_xc, stride_os, stride_on,
+    HAS_ROWS: tl.constexpr, HAS_COLS: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One ``[BLOCK_R, BLOCK_C]`` tile of ``grad_y^T @ x`` over tokens of slice ``program_id(1)``.
+
+    With a single slice ``out`` is the gradient itself, and the tile lands in its kept rows and
+    columns; with several, ``out`` is a compact buffer per slice (and there are no index vectors).
+    """
+    R = with_alignment(R, ALIGN)
+    C = with_alignment(C, ALIGN)
+    stride_gm = with_alignment(stride_gm, ALIGN)
+    stride_xm = with_alignment(stride_xm, ALIGN)
+    stride_on = with_alignment(stride_on, ALIGN)
+    pid_r, pid_c = swizzle(tl.program_id(0), tl.cdiv(R, BLOCK_R), tl.cdiv(C, BLOCK_C), GROUP)
+    piece = tl.cast(tl.program_id(1), tl.int64)
+    offs_r = offsets(pid_r, BLOCK_R)
+    offs_c = offsets(pid_c, BLOCK_C)
+    mask_r = offs_r < R
+    mask_c = offs_c < C
+    begin = piece * chunk
+    end = tl.minimum(begin + chunk, M)
+
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for block in range(tl.cdiv(end - begin, BLOCK_M)):
+        offs_m = begin + offsets(block, BLOCK_M)
+        mask_m = offs_m < end
+        gy_tile = load_tile(gy_ptr, offs_r, stride_gr, mask_r, offs_m, stride_gm, mask_m)
+        x_tile = load_tile(x_ptr, offs_m, stride_xm, mask_m, offs_c, stride_xc, mask_c)
+        acc = dot(gy_tile, x_tile, acc, PRECISION)
+
+    rows = gather_index(rows_ptr, offs_r, mask_r, HAS_ROWS)
+    cols = gather_index(cols_ptr, offs_c, mask_c, HAS_COLS)
+    store_tile(out_ptr + piece * stride_os, acc, rows, stride_on, mask_r, cols, 1, mask_c)
+
+
+@triton.jit
+def _indexed_linear_bwd_db_kernel(
+    gy_ptr, rows_ptr, out_ptr,
+    M, R, chunk,
+    stride_gm, stride_gr, stride_os,
+    HAS_ROWS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """``BLOCK_R`` entries of the sum of ``grad_y`` over the tokens of slice ``program_id(1)``."""
+    R = with_alignment(R, ALIGN)
+    stride_gm = with_alignment(stride_gm, ALIGN)
+    piece = tl.cast(tl.program_id(1), tl.int64)
+    offs_r = offsets(tl.program_id(0), BLOCK_R)
+    mask_r = offs_r < R
+    begin = piece * chunk
+    end = tl.minimum(begin + chunk, M)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for block in range(tl.cdiv(end - begin, BLOCK_M)):
+        offs_m = begin + offsets(block, BLOCK_M)
+        gy_tile = load_tile(gy_ptr, offs_m, stride_gm, offs_m < end, offs_r, stride_gr, mask_r)
+        acc += gy_tile.to(tl.float32)
+
+    rows = gather_index(rows_ptr, offs_r, mask_r, HAS_ROWS)
+    total = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + piece * stride_os + rows, total, mask=mask_r)
+
+
+@triton.jit
+def _indexed_linear_bwd_reduce_kernel(
+    part_ptr, rows_ptr, cols_ptr, out_ptr,
+    S, R, C, stride_on,
+    HAS_ROWS: tl.constexpr, HAS_COLS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Adds the ``S`` slices ``[S, R, C]`` in their order, into the kept rows and columns."""
+    R = with_alignment(R, ALIGN)
+    C = with_alignment(C, ALIGN)
+    stride_on = with_alignment(stride_on, ALIGN)
+    offs_r = offsets(tl.program_id(0), BLOCK_R)
+    offs_c = offsets(tl.program_id(1), BLOCK_C)
+    mask_r = offs_r < R
+    mask_c = offs_c < C
+
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for piece in range(S):
+        base = part_ptr + tl.cast(piece, tl.int64) * R * C
+        acc += load_tile(base, offs_r, C, mask_r, offs_c, 1, mask_c)
+
+    rows = gather_index(rows_ptr, offs_r, mask_r, HAS_ROWS)
+    cols = gather_index(cols_ptr, offs_c, mask_c, HAS_COLS)
+    store_tile(out_ptr, acc, rows, stride_on, mask_r, cols, 1, mask_c)
+
+
+# From the largest output tile to the smallest; at most 96 KiB of shared memory each, so that every
+# GPU since Ampere, small ones included, can launch them.
+_HALF_TILES = (
+    Tile(128, 128, 64, warps=8, stages=3),
+    Tile(128, 64, 64, warps=4, stages=3),
+    Tile(64, 64, 64, warps=4, stages=4),
+    Tile(32, 64, 64, warps=4, stages=4),
+    Tile(16, 64, 64, warps=4, stages=4),
+)
+_FLOAT_TILES = (
+    Tile(64, 64, 16, warps=4, stages=3),
+    Tile(32, 64, 16, warps=4, stages=3),
+    Tile(16, 64, 16, warps=4, stages=3),
+)
+_GROUP = 8  # rows of tiles per group of the swizzle
+_SUM_TILE = Tile(32, 64, 1, warps=4, stages=2)  # of the bias gradient and of the slices' sum
+
+
+def _tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
+    return _FLOAT_TILES if dtype is torch.float32 else _HALF_TILES
+
+
+def indexed_linear_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    cols: torch.Tensor | None,
+) -> torch.Tensor:
+    """``y = x @ W[rows][:, cols]^T + b[rows]``.
+
+    Args:
+        x: ``[M, C]``, any strides.
+        weight: ``[N, K]``, any strides.
+        bias: ``[N]`` or None.
+        rows, cols: sorted unique int64 positions of the kept rows and columns, or None for all.
+
+    Returns:
+        ``[M, R]``, contiguous.
+
+    Raises:
+        TypeError, ValueError: see ``check_tensors``.
+    """
+    given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_tensors("indexed_linear_fwd", **given)
+    M, C = x.shape
+    R = weight.shape[0] if rows is None else rows.numel()
+    y = torch.empty((M, R), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tile = choose_tile(_tiles(x.dtype), bucket(M), R)
+    with device_of(x):
+        _indexed_linear_fwd_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(R, tile.b),)](
+            x, weight, bias, rows, cols, y,
+            M, R, C,
+            *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0), y.stride(0),
+            HAS_ROWS=rows is not None, HAS_COLS=cols is not None, HAS_BIAS=bias is not None,
+            ALIGN=alignment(R, C, x.stride(0), weight.stride(0), y.stride(0)),
+            PRECISION=input_precision(x.dtype),
+            BLOCK_M=tile.a, BLOCK_R=tile.b, BLOCK_C=tile.k, GROUP=_GROUP,
+            **launch_options(tile),
+        )  # fmt: skip
+    return y
+
+
+def indexed_linear_dx(
+    grad_y: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor | None,
+    cols: torch.Tensor | None,
+) -> torch.Tensor:
+    """``grad_x = grad_y @ W[rows][:, cols]``.
+
+    Args:
+        grad_y: ``[M, R]``, any strides.
+        weight, rows, cols: as in the forward.
+
+    Returns:
+        ``[M, C]``, contiguous.
+
+    Raises:
+        TypeError, ValueError: see ``check_tensors``.
+    """
+    check_tensors("indexed_linear_dx", grad_y=grad_y, weight=weight)
+    M, R = grad_y.shape
+    C = weight.shape[1] if cols is None else cols.numel()
+    grad_x = torch.empty((M, C), dtype=grad_y.dtype, device=grad_y.device)
+    if grad_x.numel() == 0:
+        return grad_x
+    tile = choose_tile(_tiles(grad_y.dtype), bucket(M), C)
+    with device_of(grad_y):
+        _indexed_linear_bwd_dx_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(C, tile.b),)](
+            grad_y, weight, rows, cols, grad_x,
+            M, R, C,
+            *grad_y.stride(), *weight.stride(), grad_x.stride(0),
+            HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
+            ALIGN=alignment(R, C, grad_y.stride(0), weight.stride(0), grad_x.stride(0)),
+            PRECISION=input_precision(grad_y.dtype),
+            BLOCK_M=tile.a, BLOCK_C=tile.b, BLOCK_R=tile.k, GROUP=_GROUP,
+            **launch_options(tile),
+        )  # fmt: skip
+    return grad_x
+
+
+def _full_size(shape: tuple[int, ...], whole: bool, like: torch.Tensor) -> torch.Tensor:
+    """A gradient's memory: zeros, unless every entry is going to be written."""
+    make = torch.empty if whole else torch.zeros
+    return make(shape, dtype=like.dtype, device=like.device)
+
+
+def _reduce(
+    part: torch.Tensor,
+    rows: torch.Tensor | None,
+    cols: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Adds the slices ``part [S, R, C]`` into rows and columns of ``out [N, K]``."""
+    S, R, C = part.shape
+    block_c = min(_SUM_TILE.b, bucket(C))
+    _indexed_linear_bwd_reduce_kernel[(triton.cdiv(R, _SUM_TILE.a), triton.cdiv(C, block_c))](
+        part, rows, cols, out,
+        S, R, C, out.stride(0),
+        HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
+        ALIGN=alignment(R, C, out.stride(0)),
+        BLOCK_R=_SUM_TILE.a, BLOCK_C=block_c,
+        **launch_options(_SUM_TILE),
+    )  # fmt: skip
+
+
+def indexed_linear_dw(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor | None,
+    cols: torch.Tensor | None,
+    N: int,
+    K: int,
+) -> torch.Tensor:
+    """``grad_W[rows][:, cols] = grad_y^T @ x``, zero elsewhere.
+
+    Args:
+        grad_y: ``[M, R]``, any strides.
+        x: ``[M, C]``, any strides.
+        rows, cols: as in the forward.
+        N, K: sizes of the full weight.
+
+    Returns:
+        ``[N, K]``, contiguous.
+
+    Raises:
+        TypeError, ValueError: see ``check_tensors``.
+    """
+    check_tensors("indexed_linear_dw", grad_y=grad_y, x=x)
+    (M, R), C = grad_y.shape, x.shape[1]
+    grad_w = _full_size((N, K), rows is None and cols is None, grad_y)
+    if R == 0 or C == 0:
+        return grad_w
+    steps = triton.cdiv(bucket(M), _tiles(x.dtype)[0].k)
+    tile = choose_tile(_tiles(x.dtype), R, C, slices=splits(1, steps))
+    programs = triton.cdiv(R, tile.a) * triton.cdiv(C, tile.b)
+    S = splits(programs, triton.cdiv(M, tile.k))
+    chunk = triton.cdiv(triton.cdiv(M, tile.k), S) * tile.k
+    part = grad_w
+    if S > 1:
+        part = torch.empty((S, R, C), dtype=torch.float32, device=x.device)
+    with device_of(x):
+        _indexed_linear_bwd_dw_kernel[(programs, S)](
+            grad_y, x, rows, cols, part,
+            M, R, C, chunk,
+            *grad_y.stride(), *x.stride(), part.stride(0), part.stride(-2),
+            HAS_ROWS=S == 1 and rows is not None, HAS_COLS=S == 1 and cols is not None,
+            ALIGN=alignment(R, C, grad_y.stride(0), x.stride(0), part.stride(-2)),
+            PRECISION=input_precision(x.dtype),
+            BLOCK_R=tile.a, BLOCK_C=tile.b, BLOCK_M=tile.k, GROUP=_GROUP,
+            **launch_options(tile),
+        )  # fmt: skip
+        if S > 1:
+            _reduce(part, rows, cols, grad_w)
+    return grad_w
+
+
+def indexed_linear_db(grad_y: torch.Tensor, rows: torch.Tensor | None, N: int) -> torch.Tensor:
+    """``grad_b[rows] = sum of grad_y over tokens``, zero elsewhere.
+
+    Args:
+        grad_y: ``[M, R]``, any strides.
+        rows: as in the forward.
+        N: size of the full bias.
+
+    Returns:
+        ``[N]``.
+
+    Raises:
+        TypeError, ValueError: see ``check_tensors``.
+    """
+    check_tensors("indexed_linear_db", grad_y=grad_y)
+    M, R = grad_y.shape
+    grad_b = _full_size((N,), rows is None, grad_y)
+    if R == 0:
+        return grad_b
+    tile = _SUM_TILE
+    programs, steps = triton.cdiv(R, tile.b), triton.cdiv(M, tile.a)
+    S = splits(programs, steps)
+    part = grad_b if S == 1 else torch.empty((S, R), dtype=torch.float32, device=grad_y.device)
+    with device_of(grad_y):
+        _indexed_linear_bwd_db_kernel[(programs, S)](
+            grad_y, rows, part,
+            M, R, triton.cdiv(steps, S) * tile.a,
+            *grad_y.stride(), part.stride(0),
+            HAS_ROWS=S == 1 and rows is not None, ALIGN=alignment(R, grad_y.stride(0)),
+            BLOCK_M=tile.a, BLOCK_R=tile.b,
+            **launch_options(tile),
+        )  # fmt: skip
+        if S > 1:
+            _reduce(part[:, :, None], rows, None, grad_b[:, None])
+    return grad_b
