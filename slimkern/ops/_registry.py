@@ -1,0 +1,89 @@
+"""The only calls of ``torch.library``: an op's schema, its fake, and its table of implementations.
+
+An op's last argument is always the name of the backend that computes it. A backend is a module
+beside the op's ``api.py``, imported when it is first used: nothing imports triton before then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("slimkern", "DEF")
+_DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",)}
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Which modules compute an op, and which of them by default.
+
+    Attributes:
+        package: the op's package; backend ``cpu`` is its module ``cpu``.
+        default: device type -> name of the backend used where none is asked for.
+    """
+
+    package: str
+    default: dict[str, str]
+
+    def choose(self, backend: str | None, device: torch.device) -> str:
+        """The backend for tensors on ``device``.
+
+        Raises:
+            ValueError: an unknown backend, or one that does not run on that device.
+        """
+        if backend is None:
+            if device.type not in self.default:
+                raise ValueError(
+                    f"x is on device {device.type!r}; accepted: {', '.join(self.default)}"
+                )
+            return self.default[device.type]
+        if backend not in _DEVICES:
+            raise ValueError(f"backend is {backend!r}; accepted: None, {', '.join(_DEVICES)}")
+        if device.type not in _DEVICES[backend] and not (backend == "triton" and _interpreted()):
+            raise ValueError(
+                f"backend {backend!r} runs on {', '.join(_DEVICES[backend])}; "
+                f"x is on {device.type!r}"
+            )
+        return backend
+
+
+def _interpreted() -> bool:
+    """Triton's interpreter runs its kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _implementation(package: str, backend: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"{package}.{backend}"), name)
+
+
+def define_op(
+    name: str, arguments: str, fake: Callable[..., Any], backends: Backends
+) -> Callable[..., Any]:
+    """Registers ``slimkern::name`` for CPU and CUDA and returns its overload.
+
+    Args:
+        name: the op's, and the function's in each backend's module.
+        arguments: the schema's argument list without the backend; the op returns one tensor.
+        fake: shapes and dtypes of the result, from the arguments without the backend.
+        backends: the op's table.
+    """
+    package = backends.package
+
+    def compute(*args: Any) -> Any:
+        return _implementation(package, args[-1], name)(*args[:-1])
+
+    def fake_with_backend(*args: Any) -> Any:
+        return fake(*args[:-1])
+
+    _LIBRARY.define(f"{name}({arguments}, str backend) -> Tensor")
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, compute, key)
+    torch.library.register_fake(f"slimkern::{name}", fake_with_backend, lib=_LIBRARY)
+    return getattr(torch.ops.slimkern, name).default
