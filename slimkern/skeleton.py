@@ -1,0 +1,128 @@
+"""Architectures without memory: what a model would be, before it is given any weights.
+
+Parameters live on the meta device, buffers are real: position ids and rotary frequencies are in no
+file, and are what the architecture's own code makes of its configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether the model is transformers' own kind; never imports transformers to find out."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+def build(kind: Any, config: dict[str, Any], attention: str | None = None) -> nn.Module:
+    """A transformers architecture, its parameters on the meta device. No random state is used.
+
+    Args:
+        kind: the model class.
+        config: its configuration as JSON data.
+        attention: ``eager`` or ``sdpa`` sets the attention implementation; others are left to
+            transformers, as another machine may not have them.
+
+    Raises:
+        ValueError: the configuration does not describe the class.
+    """
+    try:
+        parsed = kind.config_class.from_dict(config)
+        if attention in ("eager", "sdpa"):
+            parsed._attn_implementation = attention
+        with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+            model: nn.Module = kind._from_config(parsed)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"the configuration describes no {kind.__name__}: {error}") from error
+    return model
+
+
+_building = threading.RLock()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made meanwhile by this thread have meta parameters, but real buffers.
+
+    Under ``torch.device("meta")`` the buffers that no file holds (position ids, rotary
+    frequencies) would have no values, and nothing would bring them back. A parameter's own memory
+    is released unwritten: initialisation runs on the meta tensor.
+    """
+    with _building:
+        plain, owner = nn.Module.register_parameter, threading.get_ident()
+
+        def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+            if param is not None and not param.is_meta and threading.get_ident() == owner:
+                param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            plain(module, name, param)
+
+        nn.Module.register_parameter = register  # type: ignore
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A copy of a module's structure, its parameters and buffers without memory; ties are kept."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    memo.update({id(b): b.detach().to("meta") for b in model.buffers()})
+    return copy.deepcopy(model, memo)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of everything in the state dict, by name."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _loose_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are in no state dict, by name."""
+    inside = model.state_dict(keep_vars=True)
+    return {name: value for name, value in model.named_buffers() if name not in inside}
+
+
+def differing_buffers(model: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
+    """Non-persistent buffers whose values the architecture does not give by itself: a model cast
+    to bf16 has rounded rotary frequencies, and would compute with them again."""
+    fresh, differing = _loose_buffers(twin), {}
+    for name, value in _loose_buffers(model).items():
+        if name in fresh:
+            own = value.detach().cpu().contiguous()
+            if own.dtype != fresh[name].dtype or not torch.equal(own, fresh[name]):
+                differing[name] = own.clone()
+    return differing
+
+
+def fill(
+    model: nn.Module, tensors: dict[str, Tensor], buffers: dict[str, Tensor], tied: dict[str, str]
+) -> None:
+    """Put tensors into a model as they are, and tie what was tied.
+
+    A parameter on the meta device gets the tensor itself; dtypes are those of the tensors.
+    """
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    model.load_state_dict({n: t.to(device) for n, t in tensors.items()}, strict=False, assign=True)
+    for name, kept in tied.items():
+        _store(model, name)[name.rpartition(".")[2]] = _store(model, kept)[kept.rpartition(".")[2]]
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = value.to(device)
+
+
+def _store(model: nn.Module, name: str) -> dict[str, Any]:
+    """The dictionary of the module that holds a parameter or buffer."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return module._parameters if leaf in module._parameters else module._buffers
