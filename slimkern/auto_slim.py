@@ -1,0 +1,316 @@
+"""The three-call path: ``parse_auto_slim_config``, ``prepare_pruning``, ``model_slim``.
+
+Names and arguments are those of Intel Neural Compressor's pruner. Everything here is written on
+top of the explicit path (discover, plan, mask, slim) and adds nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimkern.config import KEYS, PATTERNS, PruningRule, WeightPruningConfig, check_known
+from slimkern.discovery import discover
+from slimkern.discovery.groups import Discovery, Group
+from slimkern.plan import SlimPlan, plan_from_zeros
+from slimkern.pruning import Pruning
+from slimkern.surgery import slim_, unmasked
+
+_KIND = {"channelx1": "ffn", "mha": "mha"}
+_WHAT = {"ffn": "FFN (two linears with elementwise operations between)", "mha": "self-attention"}
+
+logger = logging.getLogger(__name__)
+
+
+def parse_auto_slim_config(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    ffn2_sparsity: float = 0.0,
+    mha_sparsity: float = 0.0,
+    **kwargs: Any,
+) -> list[dict[str, Any]]:
+    """Find what can be pruned, and write the rules for :func:`prepare_pruning`.
+
+    Args:
+        model: the model, not changed.
+        dataloader: its first batch serves as example inputs; needed only for models that can't be
+            called on made-up token ids.
+        ffn2_sparsity: fraction of FFN channels to remove, in [0, 1); 0 leaves FFNs out.
+        mha_sparsity: fraction of attention heads to remove, in [0, 1); 0 leaves attention out.
+        **kwargs: any other key of :class:`WeightPruningConfig`, written into both rules.
+            ``op_names`` narrows the targets down; without it all are taken but the model's head
+            (a second linear that reaches the outputs with no other linear after it).
+
+    Returns:
+        up to two dictionaries: ``{"op_names": [...], "pattern": "channelx1", "target_sparsity":
+        ffn2_sparsity, **kwargs}`` with the names of second linears, and ``{"pattern": "mha",
+        "op_names": [...], "target_sparsity": mha_sparsity, **kwargs}`` with the names of output
+        projections.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: a value is not accepted, or nothing was found for a part that is asked for;
+            the message tells what was refused, and why.
+    """
+    for key in ("pattern", "target_sparsity"):
+        if key in kwargs:
+            raise TypeError(
+                f"{key}= is decided here: ask for FFN channels with ffn2_sparsity, for heads with "
+                f"mha_sparsity"
+            )
+    check_known(kwargs, [k for k in KEYS if k not in ("pattern", "target_sparsity")])
+    wanted = {"channelx1": ("ffn2_sparsity", ffn2_sparsity), "mha": ("mha_sparsity", mha_sparsity)}
+    rules = {}
+    for pattern, (argument, sparsity) in wanted.items():
+        if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+            raise ValueError(f"{argument} must be a number in [0, 1), got {sparsity!r}")
+        if sparsity:
+            values = {**kwargs, "pattern": pattern, "target_sparsity": sparsity}
+            rules[pattern] = PruningRule.from_values(values)
+    if not rules:
+        return []
+    found = discover(model, _example_inputs(model, dataloader))
+    configs = []
+    for pattern, rule in rules.items():
+        groups, _ = _targets(model, found, rule)
+        names: dict[str, Any] = {"op_names": [g.name for g in groups], "pattern": pattern}
+        options = {k: v for k, v in kwargs.items() if k != "op_names"}
+        configs.append({**names, "target_sparsity": rule.target_sparsity, **options})
+    return configs
+
+
+def prepare_pruning(
+    model: nn.Module,
+    config: Iterable[Mapping[str, Any]] | Mapping[str, Any] | WeightPruningConfig,
+    optimizer: torch.optim.Optimizer | None = None,
+    dataloader: Iterable[Any] | None = None,
+    loss_func: Any = None,
+    framework: str = "pytorch",
+    device: torch.device | str | None = None,
+) -> Pruning:
+    """Let masks grow while ``optimizer`` trains ``model``.
+
+    Nothing is cut before the first prune step (unless a rule says step 0), and nothing has been
+    changed when this raises.
+
+    Args:
+        model: the model; it may carry masks already, which stay.
+        config: what :func:`parse_auto_slim_config` returned, one such dictionary, or a
+            :class:`WeightPruningConfig`.
+        optimizer: the optimizer whose steps count. It may be left out only where every rule prunes
+            by magnitude at step 0.
+        dataloader: its first batch serves as example inputs, where made-up ones do not do.
+        loss_func: accepted for compatibility; no supported pruning type calls it.
+        framework: ``pytorch``.
+        device: ``None``, or the device that the model is on.
+
+    Returns:
+        the :class:`~slimkern.pruning.Pruning`: ``sparsity()``, ``report()``, ``state_dict()``.
+
+    Raises:
+        NotImplementedError: a pattern that is no whole channel or head.
+        ValueError: an argument is not accepted, a schedule or the optimizer is missing, a rule
+            finds no target, or two rules want the same one.
+        TypeError: an unknown key.
+    """
+    if framework != "pytorch":
+        raise ValueError(f"framework={framework!r} is not accepted; accepted: 'pytorch'")
+    _check_device(model, device)
+    if not isinstance(config, WeightPruningConfig):
+        config = WeightPruningConfig(config)
+    if not config.rules:
+        raise ValueError("config holds no rule: there is nothing to prune (were all sparsities 0?)")
+    for rule in config.rules:
+        if rule.pattern not in PATTERNS:
+            raise NotImplementedError(
+                f"pattern={rule.pattern!r} is not supported yet; supported are 'channelx1' (whole "
+                f"FFN channels) and 'mha' (whole heads)"
+            )
+    found = _discover(model, dataloader)
+    chosen, notes = [], []
+    owner: dict[str, int] = {}
+    for position, rule in enumerate(config.rules):
+        groups, more = _targets(model, found, rule)
+        for group in groups:
+            if group.name in owner:
+                raise ValueError(
+                    f"rules {owner[group.name]} and {position} both prune {group.name!r}: narrow "
+                    f"op_names or excluded_op_names"
+                )
+            owner[group.name] = position
+        chosen.append((rule, groups))
+        notes += more
+    return Pruning(model, chosen, optimizer, notes)
+
+
+def model_slim(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    round_multiplier: int = 32,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Remove for good what is masked, or zero, in a model.
+
+    A masked group loses exactly its masked units: they were rounded when they were selected. In
+    every other group the units whose columns in the second linear (or output projection) are all
+    zero go, dead channels of lowest index staying to reach a multiple of ``round_multiplier``.
+    The result equals the model as it was, to rounding, and is the same every time.
+
+    A model in which groups were found but nothing is masked or zero comes back unchanged, so that
+    a second call does no harm; a line in the log says so. What was removed is in
+    ``model.slim_plan``.
+
+    Args:
+        model: the model, changed in place.
+        dataloader: its first batch serves as example inputs, where made-up ones do not do.
+        round_multiplier: for zeros that slimkern did not select.
+        optimizer: its parameters and their state are exchanged for the smaller ones, so that
+            training goes on with it.
+
+    Returns:
+        the model.
+
+    Raises:
+        ValueError: nothing was found that could ever be removed, or a removal would not be exact;
+            nothing has been changed then.
+    """
+    if round_multiplier < 1:
+        raise ValueError(f"round_multiplier must be at least 1, got {round_multiplier}")
+    found = _discover(model, dataloader)
+    if not found.groups:
+        raise ValueError(f"nothing can be removed from this {_described(model)}\n{_reasons(found)}")
+    masks: SlimPlan = vars(model).get("mask_plan", SlimPlan(()))
+    masked = {e.group.name for e in masks.entries if e.sparsity}
+    zeros = plan_from_zeros(
+        model, [g for g in found.groups if g.name not in masked], round_multiplier
+    )
+    entries = [e for e in (*masks.entries, *zeros.entries) if e.sparsity]
+    for note in zeros.notes:
+        logger.warning("model_slim: %s", note)
+    if not entries:
+        logger.warning(
+            "model_slim: none of the %d groups has a masked or zero unit; the model is unchanged",
+            len(found.groups),
+        )
+        return model
+    before = sum(p.numel() for p in model.parameters())
+    slim_(model, SlimPlan(tuple(entries), zeros.notes), optimizer)
+    after = sum(p.numel() for p in model.parameters())
+    logger.info("model_slim: %d groups cut, %d -> %d parameters", len(entries), before, after)
+    return model
+
+
+def _discover(model: nn.Module, dataloader: Iterable[Any] | None) -> Discovery:
+    """The groups of a model, dense or masked, at their full sizes."""
+    masks: SlimPlan = vars(model).get("mask_plan", SlimPlan(()))
+    with unmasked(model, [e.group for e in masks.entries]):
+        return discover(model, _example_inputs(model, dataloader))
+
+
+def _example_inputs(model: nn.Module, dataloader: Iterable[Any] | None) -> Any:
+    """The first batch, reduced to what ``model.forward`` takes; ``None`` without a dataloader."""
+    if dataloader is None:
+        return None
+    if isinstance(dataloader, (int, float)):
+        raise TypeError(
+            f"dataloader must be an iterable of batches, got {dataloader!r}; sparsities are "
+            f"keywords: ffn2_sparsity=, mha_sparsity="
+        )
+    batch = next(iter(dataloader), None)
+    if batch is None:
+        raise ValueError("dataloader holds no batch")
+    signature = inspect.signature(model.forward)
+    if isinstance(batch, Mapping):
+        kinds = {p.kind for p in signature.parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD in kinds and "input_ids" not in signature.parameters:
+            return dict(batch)
+        return {k: v for k, v in batch.items() if k in signature.parameters}
+    if isinstance(batch, (tuple, list)):
+        try:
+            signature.bind(*batch)
+        except TypeError:  # more than the model takes: (inputs, targets)
+            batch = batch[:1]
+        return tuple(batch)
+    return batch
+
+
+def _targets(
+    model: nn.Module, found: Discovery, rule: PruningRule
+) -> tuple[tuple[Group, ...], list[str]]:
+    """The groups that a rule prunes, and notes; a rule or an entry without a target raises."""
+    kind = _KIND[rule.pattern]
+    modules = {n for n, _ in model.named_modules()}
+    fitting = [g for g in found.groups if g.kind == kind and _is_type(model, g, rule)]
+    chosen = [g for g in fitting if not g.is_head]
+    if rule.op_names:
+        chosen = [g for g in fitting if _hits(rule.op_names, _selectable(g), modules)]
+    notes = []
+    for entry in rule.excluded_op_names:
+        if not any(_hits((entry,), (name,), modules) for name in modules):
+            notes.append(f"excluded_op_names: {entry!r} is the name of no module")
+    excluded = rule.excluded_op_names
+    chosen = [g for g in chosen if not _hits(excluded, _all_names(g), modules)]
+    if not chosen:
+        asked = f" that op_names={list(rule.op_names)} selects" if rule.op_names else ""
+        less = f", excluded_op_names={list(excluded)} left out" if excluded else ""
+        raise ValueError(
+            f"pattern {rule.pattern!r}: no {_WHAT[kind]}{asked}{less} in this "
+            f"{_described(model)}\n{_reasons(found)}"
+        )
+    return tuple(chosen), notes
+
+
+def _hits(entries: Iterable[str], names: Iterable[str], modules: set[str]) -> bool:
+    """Whether an entry means one of the names: exactly where it is a module's whole name, as a
+    regular expression searched in them otherwise."""
+    names = tuple(names)
+    for entry in entries:
+        if entry in modules:
+            if entry in names:
+                return True
+        elif any(re.search(entry, name) for name in names):
+            return True
+    return False
+
+
+def _selectable(group: Group) -> tuple[str, ...]:
+    """The names by which ``op_names`` selects a group: the second linear's, or all of a head's."""
+    return tuple(m.name for m in group.consumers) if group.kind == "ffn" else _all_names(group)
+
+
+def _all_names(group: Group) -> tuple[str, ...]:
+    return tuple(m.name for m in (*group.producers, *group.consumers))
+
+
+def _is_type(model: nn.Module, group: Group, rule: PruningRule) -> bool:
+    classes = type(model.get_submodule(group.consumers[0].name)).__mro__
+    return any(part in c.__name__ for c in classes for part in rule.pruning_op_types)
+
+
+def _described(model: nn.Module) -> str:
+    """The model's class, and a word on the linears of another make that it is built of."""
+    name = type(model).__name__
+    if any(type(m).__name__ == "Conv1D" for m in model.modules()):
+        return f"{name}: its layers are Conv1D (transformers), which are not supported yet"
+    return name
+
+
+def _reasons(found: Discovery) -> str:
+    lines = [f"  refused {r.name}: {r.reason}" for r in found.refused]
+    lines += [f"  found {g.name} ({g.kind}{', model head' if g.is_head else ''})" for g in found]
+    return "\n".join(lines) or "  no linear layers in a row were seen"
+
+
+def _check_device(model: nn.Module, device: torch.device | str | None) -> None:
+    if device is None:
+        return
+    wanted = torch.device(device)
+    have = {p.device for p in model.parameters()}
+    if any(d.type != wanted.type or wanted.index not in (None, d.index) for d in have):
+        raise ValueError(f"device={str(device)!r}, but the model is on {sorted(map(str, have))}")

@@ -1,0 +1,302 @@
+"""What to prune, how much of it and when: :class:`WeightPruningConfig`, validated.
+
+The keys and defaults are those of Intel Neural Compressor's class of the same name, so that
+scripts written for it keep working; ``round_multiplier`` and ``total_steps`` are additions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slimkern.schedule import DECAYS, derive_steps
+
+PRUNING_TYPES = ("magnitude", "gradient", "snip", "snip_momentum")
+PATTERNS = ("channelx1", "mha")  # whole FFN channels, whole attention heads
+REDUCE_TYPES = ("mean", "sum", "max")
+SCOPES = ("global", "local")
+
+_BLOCK = re.compile(r"(\d+|channel)x(\d+|channel)|\d+:\d+")
+
+
+@dataclass(frozen=True)
+class PruningRule:
+    """One complete rule: which units, what fraction of them, by which criterion, and when.
+
+    The fields are the keys of :class:`WeightPruningConfig`, checked and completed. Block patterns
+    (``4x1``, ``2:4``) parse, and are refused where they would be applied. ``end_step`` is ``None``
+    where neither it nor ``total_steps`` was given.
+    """
+
+    target_sparsity: float = 0.9
+    pruning_type: str = "snip_momentum"
+    pattern: str = "4x1"
+    op_names: tuple[str, ...] = ()
+    excluded_op_names: tuple[str, ...] = ()
+    start_step: int = 0
+    end_step: int | None = None
+    pruning_frequency: int = 1
+    pruning_scope: str = "global"
+    min_sparsity_ratio_per_op: float = 0.0
+    max_sparsity_ratio_per_op: float = 0.98
+    sparsity_decay_type: str = "exp"
+    criterion_reduce_type: str = "mean"
+    pruning_op_types: tuple[str, ...] = ("Conv", "Linear")
+    low_memory_usage: bool = False
+    round_multiplier: int = 32
+    total_steps: int | None = None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the criterion reads gradients."""
+        return self.pruning_type != "magnitude"
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> PruningRule:
+        """Check values, complete them, derive the steps that were not given.
+
+        Args:
+            values: any of the keys of :class:`WeightPruningConfig`; ``None`` means not given.
+
+        Raises:
+            TypeError: an unknown key; the nearest known one is suggested.
+            ValueError: a value is not accepted; the message names key, value and what is.
+        """
+        check_known(values, KEYS)
+        given = {k: v for k, v in values.items() if v is not None}
+        checked = {k: _CHECKS[k](k, v) for k, v in given.items()}
+        _refuse_contradictions(checked)
+        rule = {k: v for k, v in checked.items() if k in cls.__dataclass_fields__}
+        rule.update(derive_steps(**{k: rule.get(k) for k in _STEP_KEYS}))
+        built = cls(**rule)
+        if built.target_sparsity > built.max_sparsity_ratio_per_op:
+            raise ValueError(
+                f"target_sparsity={built.target_sparsity} can't be reached with "
+                f"max_sparsity_ratio_per_op={built.max_sparsity_ratio_per_op}: raise the limit"
+            )
+        if built.min_sparsity_ratio_per_op > built.max_sparsity_ratio_per_op:
+            raise ValueError(
+                f"min_sparsity_ratio_per_op={built.min_sparsity_ratio_per_op} is above "
+                f"max_sparsity_ratio_per_op={built.max_sparsity_ratio_per_op}"
+            )
+        return built
+
+
+class WeightPruningConfig:
+    """Pruning rules: one dictionary per rule, completed by values common to all.
+
+    Args:
+        pruning_configs: a list of dictionaries (or one), each with any of the keys below; a key
+            that is missing takes the value given here. ``None``: one rule made of the values
+            below alone. The dictionaries are read, never written to.
+        target_sparsity: fraction to remove, in [0, 1).
+        pruning_type: ``magnitude``, ``gradient``, ``snip`` or ``snip_momentum``.
+        pattern: ``channelx1`` (FFN channels) or ``mha`` (heads); a prefix that ends in ``_`` is
+            stripped. The default, kept for compatibility, is refused by ``prepare_pruning``.
+        op_names: names or regular expressions (``re.search``) of what is pruned: second linears
+            of FFNs, any linear of an attention. An entry that is a module's exact name means that
+            module alone. Not given: everything found but the model's head.
+        excluded_op_names: the same, for what is left alone.
+        backend: accepted for compatibility; must be ``None``.
+        start_step: optimizer step at which the sparsity starts to grow. Default 0, or one
+            thirteenth of ``total_steps``.
+        end_step: optimizer step at which the target is reached; equal to ``start_step``: all at
+            once. Default ten thirteenths of ``total_steps``.
+        pruning_scope: ``global`` or ``local``.
+        pruning_frequency: optimizer steps between two prune steps. Default 1, or with
+            ``total_steps`` what makes about 40 prune steps.
+        min_sparsity_ratio_per_op, max_sparsity_ratio_per_op: limits for each layer.
+        sparsity_decay_type: ``exp``, ``cos``, ``linear`` or ``cube``.
+        pruning_op_types: a part of a class name, or several.
+        low_memory_usage: per-element scores in bfloat16 (matters for reduce type ``max`` only:
+            the other scores are one number per unit).
+        **kwargs: ``round_multiplier`` (32), ``total_steps``, ``criterion_reduce_type`` (``mean``,
+            ``sum``, ``max``), and for compatibility ``criterion_type`` (must equal
+            ``pruning_type``), ``parameters``, ``reg_type``, ``reg_coeff``,
+            ``resume_from_pruned_checkpoint`` (which must be off).
+
+    Attributes:
+        rules: the complete :class:`PruningRule` of each dictionary, in order.
+
+    Raises:
+        TypeError: an unknown key; the nearest known one is suggested.
+        ValueError: a value is not accepted.
+    """
+
+    def __init__(
+        self,
+        pruning_configs: Iterable[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+        target_sparsity: float = 0.9,
+        pruning_type: str = "snip_momentum",
+        pattern: str = "4x1",
+        op_names: Iterable[str] | str | None = None,
+        excluded_op_names: Iterable[str] | str | None = None,
+        backend: None = None,
+        start_step: int | None = None,
+        end_step: int | None = None,
+        pruning_scope: str = "global",
+        pruning_frequency: int | None = None,
+        min_sparsity_ratio_per_op: float = 0.0,
+        max_sparsity_ratio_per_op: float = 0.98,
+        sparsity_decay_type: str = "exp",
+        pruning_op_types: Iterable[str] | str = ("Conv", "Linear"),
+        low_memory_usage: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        common = {k: v for k, v in locals().items() if k in KEYS} | kwargs
+        check_known(common, KEYS)
+        if pruning_configs is None or isinstance(pruning_configs, Mapping):
+            pruning_configs = [pruning_configs or {}]
+        sections = list(pruning_configs)
+        for section in sections:
+            if not isinstance(section, Mapping):
+                raise TypeError(f"pruning_configs must hold dictionaries, got {section!r}")
+            check_known(section, KEYS)
+        self.rules = tuple(PruningRule.from_values({**common, **s}) for s in sections)
+
+    def __repr__(self) -> str:
+        return "WeightPruningConfig(\n" + "".join(f"  {r}\n" for r in self.rules) + ")"
+
+
+def check_known(values: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ``TypeError`` for a key that is not known, suggesting the nearest one that is."""
+    known = sorted(known)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise TypeError(f"unknown key {key!r}{hint} Accepted: {', '.join(known)}")
+
+
+def _refuse_contradictions(values: Mapping[str, Any]) -> None:
+    criterion = values.get("criterion_type")
+    pruning_type = values.get("pruning_type", PruningRule.pruning_type)
+    if criterion is not None and criterion != pruning_type:
+        raise ValueError(
+            f"criterion_type={criterion!r} differs from pruning_type={pruning_type!r}, which "
+            f"decides the criterion: give pruning_type alone"
+        )
+
+
+def _one_of(*accepted: str) -> Callable[[str, Any], str]:
+    def check(key: str, value: Any) -> str:
+        if value not in accepted:
+            raise ValueError(f"{key}={value!r} is not accepted; accepted: {', '.join(accepted)}")
+        return value
+
+    return check
+
+
+def _fraction(key: str, value: Any) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not 0 <= value < 1:
+        raise ValueError(f"{key} must be a number in [0, 1), got {value!r}")
+    return float(value)
+
+
+def _whole(least: int) -> Callable[[str, Any], int]:
+    def check(key: str, value: Any) -> int:
+        problem = f"{key} must be a whole number of at least {least}, got {value!r}"
+        if isinstance(value, bool):
+            raise ValueError(problem)
+        try:
+            number = operator.index(value)
+        except TypeError as error:
+            raise ValueError(problem) from error
+        if number < least:
+            raise ValueError(problem)
+        return number
+
+    return check
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    """One string or several; a single string is one entry, not its characters."""
+    entries = (value,) if isinstance(value, str) else tuple(value)
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise ValueError(f"{key} must hold strings, got {entry!r}")
+    return entries
+
+
+def _patterns(key: str, value: Any) -> tuple[str, ...]:
+    entries = _names(key, value)
+    for entry in entries:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise ValueError(f"{key} holds {entry!r}, no regular expression: {error}") from error
+    return entries
+
+
+def _op_types(key: str, value: Any) -> tuple[str, ...]:
+    entries = _names(key, value)
+    if not entries:
+        raise ValueError(f"{key} is empty: no layer could be pruned")
+    return entries
+
+
+def _pattern(key: str, value: Any) -> str:
+    text = value.rpartition("_")[2] if isinstance(value, str) else ""
+    if text not in PATTERNS and not _BLOCK.fullmatch(text):
+        raise ValueError(
+            f"{key}={value!r} is no pattern; accepted: {', '.join(PATTERNS)} "
+            f"(NxM blocks and N:M are read, but not supported yet)"
+        )
+    return text
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be True or False, got {value!r}")
+    return value
+
+
+def _off(instead: str) -> Callable[[str, Any], None]:
+    """A key that is known, and refused unless it is switched off."""
+
+    def check(key: str, value: Any) -> None:
+        off = {"reg_coeff": 0.0} if key == "parameters" else {}
+        if value and not (isinstance(value, Mapping) and dict(value) == off):
+            raise ValueError(f"{key}={value!r} is not supported: {instead}")
+
+    return check
+
+
+def _pruning_type(key: str, value: Any) -> str:
+    return _one_of(*PRUNING_TYPES)(key, value)
+
+
+_NO_REGULARIZER = "there is no group-lasso regularizer yet; leave it out"
+_STEP_KEYS = ("start_step", "end_step", "pruning_frequency", "total_steps")
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "target_sparsity": _fraction,
+    "pruning_type": _pruning_type,
+    "pattern": _pattern,
+    "op_names": _patterns,
+    "excluded_op_names": _patterns,
+    "backend": _off("pruning has one implementation"),
+    "start_step": _whole(0),
+    "end_step": _whole(0),
+    "pruning_scope": _one_of(*SCOPES),
+    "pruning_frequency": _whole(1),
+    "min_sparsity_ratio_per_op": _fraction,
+    "max_sparsity_ratio_per_op": _fraction,
+    "sparsity_decay_type": _one_of(*DECAYS),
+    "pruning_op_types": _op_types,
+    "low_memory_usage": _flag,
+    "round_multiplier": _whole(1),
+    "total_steps": _whole(1),
+    "criterion_reduce_type": _one_of(*REDUCE_TYPES),
+    "criterion_type": _pruning_type,
+    "parameters": _off(_NO_REGULARIZER),
+    "reg_type": _off(_NO_REGULARIZER),
+    "reg_coeff": _off(_NO_REGULARIZER),
+    "resume_from_pruned_checkpoint": _off(
+        "a run is resumed with pruning.load_state_dict(), zeros of a model stay without it"
+    ),
+}
+KEYS = tuple(_CHECKS)

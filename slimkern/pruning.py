@@ -1,0 +1,357 @@
+"""The training-time object: masks that follow an optimizer.
+
+Hooks on the optimizer count its steps, keep the scores, and move the masks at prune steps. Nothing
+is mounted on the model and no method is replaced, so that a model in training is copied, pickled
+and saved like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkern.config import PruningRule
+from slimkern.criteria import ScoreKeeper, scored_members
+from slimkern.discovery.groups import Group
+from slimkern.nn import MaskedLinear
+from slimkern.plan import PlanEntry, SlimPlan, select
+from slimkern.pruning_report import GroupReport, PruningReport, Sparsity
+from slimkern.schedule import prune_steps, sparsity_at
+from slimkern.surgery import mask_, masked_plan, zero_masked_columns
+
+_MASKED = -1.0  # below every score: what is masked stays masked, also where live scores are zero
+
+
+@dataclass
+class _Track:
+    """One rule at work on its groups."""
+
+    rule: PruningRule
+    groups: tuple[Group, ...]
+    steps: range
+    keeper: ScoreKeeper
+    notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def start(cls, rule: PruningRule, groups: tuple[Group, ...]) -> _Track:
+        if rule.end_step is None:
+            raise ValueError(
+                "when to prune is not known: give end_step (the optimizer step at which the "
+                "target is reached) or total_steps (the length of the training)"
+            )
+        steps = prune_steps(rule.start_step, rule.end_step, rule.pruning_frequency)
+        if steps[0] == 0 and rule.needs_gradients:
+            raise ValueError(
+                f"start_step=0 and end_step=0 prune before the first optimizer step, but "
+                f"pruning_type={rule.pruning_type!r} reads gradients: give an end_step of at "
+                f"least 1, or total_steps, or pruning_type='magnitude'"
+            )
+        keeper = ScoreKeeper(
+            groups, rule.pruning_type, rule.criterion_reduce_type, rule.low_memory_usage
+        )
+        track = cls(rule, groups, steps, keeper)
+        if rule.pruning_scope == "local":  # the widths do not depend on scores: known ahead
+            flat = {g.name: torch.zeros(g.num_units) for g in groups}
+            track.notes = track.select(flat, rule.target_sparsity)[1]
+        return track
+
+    def select(
+        self, scores: Mapping[str, Tensor], sparsity: float
+    ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+        rule = self.rule
+        return select(
+            scores,
+            sparsity,
+            scope=rule.pruning_scope,
+            multiple_of=rule.round_multiplier if rule.pattern == "channelx1" else 1,
+            min_sparsity=rule.min_sparsity_ratio_per_op,
+            max_sparsity=rule.max_sparsity_ratio_per_op,
+        )
+
+    def observes(self, step: int) -> bool:
+        """Whether the gradients of the optimizer step after ``step`` completed ones count."""
+        if not self.rule.needs_gradients or step >= self.steps[-1]:
+            return False
+        return self.rule.pruning_type == "snip_momentum" or step + 1 in self.steps
+
+
+class Pruning:
+    """Masks that grow while an optimizer steps; what ``prepare_pruning`` returns.
+
+    Steps are completed **optimizer** steps: micro-batches of gradient accumulation do not count,
+    and neither does a step that a ``GradScaler`` skips. Scores are read from the gradients just
+    before a step; masks move, and columns of masked units are set back to zero, just after it.
+    A unit that is masked stays masked.
+
+    Args:
+        model: the model. Its linears are masked by :func:`slimkern.mask_` from the first cut on.
+        rules: each rule with the groups it prunes.
+        optimizer: the optimizer that trains the model; may be ``None`` only where every rule cuts
+            by magnitude before the first step.
+        notes: what preparation wants to have reported.
+
+    Attributes:
+        step: completed optimizer steps.
+
+    Raises:
+        ValueError: a rule lacks a schedule or an optimizer, or prunes before there are gradients;
+            a weight is frozen that a criterion needs the gradient of; the optimizer is another
+            model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Iterable[tuple[PruningRule, tuple[Group, ...]]],
+        optimizer: torch.optim.Optimizer | None = None,
+        notes: Iterable[str] = (),
+    ) -> None:
+        self.model = model
+        self.step = 0
+        self._tracks = [_Track.start(rule, groups) for rule, groups in rules]
+        self._notes = tuple(notes)
+        self._groups = {g.name: g for t in self._tracks for g in t.groups}
+        names = {m.name for g in self._groups.values() for m in scored_members(g)}
+        self._weights = {n: model.get_parameter(f"{n}.weight") for n in sorted(names)}
+        optimizer = _innermost(optimizer)
+        self._check_optimizer(optimizer)
+        self._sizes = {n: _elements(model, g) for n, g in self._groups.items()}
+        self._keep = {n: tuple(range(g.num_units)) for n, g in self._groups.items()}
+        for entry in masked_plan(model, self._groups.values()):
+            self._keep[entry.group.name] = entry.keep
+        self._handles: list[Any] = []
+        self._skipped = self._over = False
+        for track in self._tracks:
+            if 0 in track.steps:
+                self._cut(track)
+        if optimizer is not None:
+            self._handles = [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+
+    @property
+    def done(self) -> bool:
+        """Whether every rule has reached its target: the rest of the training recovers."""
+        return all(self.step >= t.steps[-1] for t in self._tracks)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be done as asked: one sentence each."""
+        return self._notes + tuple(n for t in self._tracks for n in t.notes)
+
+    def sparsity(self) -> Sparsity:
+        """Fractions removed so far, per group and in total."""
+        each = {n: 1 - len(self._keep[n]) / g.num_units for n, g in self._groups.items()}
+        total = sum(self._sizes[n] * each[n] for n in each) / sum(self._sizes.values())
+        return Sparsity(total, self._units_removed("ffn"), self._units_removed("mha"), each)
+
+    def report(self) -> PruningReport:
+        """Where the run stands: every group, what is kept of it, and the notes."""
+        rows = tuple(
+            GroupReport(
+                g.name, g.kind, g.num_units, len(self._keep[g.name]), t.rule.target_sparsity
+            )
+            for t in self._tracks
+            for g in t.groups
+        )
+        last = max(t.steps[-1] for t in self._tracks)
+        return PruningReport(self.step, last, self.sparsity(), rows, self.notes)
+
+    def plan(self) -> SlimPlan:
+        """What stays, as of now: the plan that ``slim_`` would be given."""
+        entries = tuple(PlanEntry(g, self._keep[n]) for n, g in self._groups.items())
+        return SlimPlan(entries, self.notes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs to go on exactly, beside model and optimizer.
+
+        Returns:
+            ``{"step": int, "scores": {linear name: tensor}, "keep": {group name: int64 tensor}}``,
+            tensors on the CPU.
+        """
+        return {
+            "step": self.step,
+            "scores": {
+                n: s.detach().cpu().clone() for t in self._tracks for n, s in t.keeper.state.items()
+            },
+            "keep": {n: torch.tensor(k, dtype=torch.int64) for n, k in self._keep.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; the model's masks are set to it.
+
+        The model and the optimizer must hold their own saved states.
+
+        Raises:
+            ValueError: the state is of another model or another configuration; nothing has been
+                changed then.
+        """
+        missing = {"step", "scores", "keep"} - set(state)
+        if missing:
+            raise ValueError(f"not a state of a pruning run: {sorted(missing)} missing")
+        if set(state["keep"]) != set(self._groups):
+            differing = sorted(set(state["keep"]) ^ set(self._groups))
+            raise ValueError(f"the state is of other groups; only one side has {differing}")
+        entries = [
+            PlanEntry(g, tuple(int(i) for i in state["keep"][n])) for n, g in self._groups.items()
+        ]
+        scores = self._checked_scores(state["scores"])
+        moved = [e for e in entries if e.keep != self._keep[e.group.name]]
+        mask_(self.model, SlimPlan(tuple(moved)))
+        self._keep = {e.group.name: e.keep for e in entries}
+        for track, own in zip(self._tracks, scores):
+            track.keeper.state = own
+        self.step = int(state["step"])
+
+    def _checked_scores(self, scores: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Saved scores sorted by rule, on the weights' devices."""
+        unknown = sorted(set(scores) - set(self._weights))
+        if unknown:
+            raise ValueError(f"the state has scores of layers that are not pruned: {unknown}")
+        found: list[dict[str, Tensor]] = []
+        for track in self._tracks:
+            found.append({})
+            for group, name in ((g, n) for g in track.groups for n in _names(g) if n in scores):
+                weight = self._weights[name]
+                whole = track.rule.criterion_reduce_type == "max"
+                want = tuple(weight.shape) if whole else (group.num_units,)
+                if tuple(scores[name].shape) != want:
+                    raise ValueError(
+                        f"scores of {name!r} have shape {tuple(scores[name].shape)}, expected "
+                        f"{want}: the state is of another configuration"
+                    )
+                found[-1][name] = scores[name].to(weight.device, track.keeper.dtype, copy=True)
+        return found
+
+    def remove(self) -> None:
+        """Let go of the optimizer. Masks stay as they are and no longer move."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._over = True
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        for track in self._tracks:
+            if optimizer is None and track.steps[-1] > 0:
+                raise ValueError(
+                    f"optimizer= is needed: pattern {track.rule.pattern!r} is to be pruned up to "
+                    f"step {track.steps[-1]}, and steps are the optimizer's (without one, only "
+                    f"pruning_type='magnitude' with start_step=0 and end_step=0)"
+                )
+            frozen = [n for g in track.groups for n in _names(g)]
+            frozen = [n for n in frozen if not self._weights[n].requires_grad]
+            if track.rule.needs_gradients and frozen:
+                raise ValueError(
+                    f"pruning_type={track.rule.pruning_type!r} reads gradients, but these weights "
+                    f"are frozen: {', '.join(frozen)}; use 'magnitude' or unfreeze them"
+                )
+        if optimizer is not None and not self._owned_by(optimizer):
+            raise ValueError(
+                "optimizer= holds none of the weights that are to be pruned: make it from "
+                "model.parameters() of this model"
+            )
+
+    def _owned_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        now = (self.model.get_parameter(f"{n}.weight") for n in self._weights)
+        return any(id(p) in held for p in now)
+
+    def _units_removed(self, kind: str) -> float | None:
+        groups = [g for g in self._groups.values() if g.kind == kind]
+        if not groups:
+            return None
+        kept = sum(len(self._keep[g.name]) for g in groups)
+        return 1 - kept / sum(g.num_units for g in groups)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._over or self._slimmed(optimizer):
+            return
+        # A fused optimizer under a GradScaler is stepped with scaled gradients, and told to do
+        # nothing when one of them is infinite.
+        found_inf = getattr(optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf)
+        scale = getattr(optimizer, "grad_scale", None)
+        if self._skipped:
+            return
+        for track in self._tracks:
+            if track.observes(self.step):
+                grads = {n: w.grad for n, w in self._weights.items()}
+                track.keeper.observe(self._weights, grads, 1.0 if scale is None else scale)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._over or self._skipped:
+            return
+        for group in self._groups.values():
+            for member in group.consumers:
+                linear = self.model.get_submodule(member.name)
+                if isinstance(linear, MaskedLinear):
+                    zero_masked_columns(linear)
+        self.step += 1
+        for track in self._tracks:
+            if self.step in track.steps:
+                self._cut(track)
+
+    def _slimmed(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the model was slimmed since the last step; an optimizer left behind raises."""
+        changed = [
+            n for n, w in self._weights.items() if self.model.get_parameter(f"{n}.weight") is not w
+        ]
+        if not changed:
+            return False
+        if not self._owned_by(optimizer):
+            raise RuntimeError(
+                f"the model has new weights ({changed[0]!r} and others; was it slimmed?), and this "
+                f"optimizer still holds the old ones: it would train nothing. Slim with "
+                f"model_slim(model, optimizer=optimizer), or make a new optimizer"
+            )
+        self._over = True
+        return True
+
+    def _cut(self, track: _Track) -> None:
+        """Select anew at the sparsity of this step, and mask what goes."""
+        rule = track.rule
+        ratio = sparsity_at(self.step, track.steps, rule.target_sparsity, rule.sparsity_decay_type)
+        if not ratio:
+            return
+        scores = track.keeper.scores(self._weights)
+        for name, score in scores.items():
+            masked = torch.ones_like(score, dtype=torch.bool)
+            masked[list(self._keep[name])] = False
+            score[masked] = _MASKED
+        keep, notes = track.select(scores, ratio)
+        if self.step == track.steps[-1]:
+            track.notes = notes
+        moved = [g for g in track.groups if keep[g.name] != self._keep[g.name]]
+        mask_(self.model, SlimPlan(tuple(PlanEntry(g, keep[g.name]) for g in moved)))
+        self._keep.update(keep)
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The torch optimizer inside wrappers (such as accelerate's) that hold it as ``optimizer``."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+def _names(group: Group) -> tuple[str, ...]:
+    return tuple(m.name for m in scored_members(group))
+
+
+def _elements(model: nn.Module, group: Group) -> int:
+    """Weights and biases of a group that its units own."""
+    count = 0
+    for member in group.producers:
+        linear = model.get_submodule(member.name)
+        count += sum(p.numel() for p in linear.parameters(recurse=False))
+    for member in group.consumers:
+        count += model.get_parameter(f"{member.name}.weight").numel()
+    return count

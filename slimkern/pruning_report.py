@@ -1,0 +1,56 @@
+"""What a pruning run says of itself: frozen data that prints as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Fractions removed so far.
+
+    Attributes:
+        total: of the weights in all groups that are pruned.
+        ffn, mha: of the channels and of the heads; ``None`` where none are pruned.
+        groups: of the units of each group.
+    """
+
+    total: float
+    ffn: float | None
+    mha: float | None
+    groups: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group's state: ``kept`` of ``num_units`` units, on the way to ``target``."""
+
+    name: str
+    kind: str
+    num_units: int
+    kept: int
+    target: float
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """Where a pruning run stands. Prints as a table."""
+
+    step: int
+    last_step: int
+    sparsity: Sparsity
+    groups: tuple[GroupReport, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rows = [("group", "kind", "kept", "of", "sparsity", "target")]
+        for g in self.groups:
+            now, target = f"{1 - g.kept / g.num_units:.4f}", f"{g.target:.4f}"
+            rows.append((g.name, g.kind, str(g.kept), str(g.num_units), now, target))
+        widths = [max(len(r[i]) for r in rows) for i in range(6)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
+        lines.append(
+            f"step {self.step} of {self.last_step}, "
+            f"{self.sparsity.total:.2%} of the weights in these groups removed"
+        )
+        return "\n".join(lines + [f"note: {n}" for n in self.notes])
