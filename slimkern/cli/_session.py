@@ -1,0 +1,78 @@
+"""What every long command shares: threads, Ctrl-C, errors as sentences, and the last lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from slimkern.cli._display import Display
+
+if TYPE_CHECKING:
+    from slimkern.report.schema import Results
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+@contextmanager
+def session(threads: int | None, output: Path) -> Iterator[Display]:
+    """Run a command's body: expected errors end it with one sentence, Ctrl-C with how to go on.
+
+    Exit codes: 1 for an error, 130 for Ctrl-C.
+    """
+    display = Display()
+    # The tokenizers' own thread pool is of no use here and warns when a process forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    from slimkern.cli._run import InterruptedRunError, RunError
+    from slimkern.cli.fetch import FetchError
+    from slimkern.training.data import DataError
+
+    try:
+        yield display
+    except (KeyboardInterrupt, InterruptedRunError):
+        display.line(f"interrupted; the same command goes on from the last checkpoint in {output}")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (DataError, FetchError, RunError) as error:
+        display.line(f"error: {error}")
+        raise typer.Exit(1) from None
+
+
+def summarize(results: Results, output: Path) -> None:
+    """The run's outcome as a table on standard output."""
+    console = Console()
+    table = Table(title=results["title"])
+    for name in ("", "dense", "slim", "difference"):
+        table.add_column(name, justify="left" if not name else "right")
+    for score in results["scores"]:
+        change = f"{score['slim'] - score['dense']:+.4f}"
+        change += f" [{score['low']:+.4f}, {score['high']:+.4f}]"
+        name = f"{score['split']} {score['metric']}"
+        table.add_row(name, f"{score['dense']:.4f}", f"{score['slim']:.4f}", change)
+    size: dict[str, Any] = dict(results["size"])
+    for name, key in (("parameters", ""), ("without embeddings", "_no_embeddings")):
+        dense, slim = size[f"dense_parameters{key}"], size[f"slim_parameters{key}"]
+        table.add_row(name, f"{dense:,}", f"{slim:,}", f"{slim / dense - 1:+.1%}")
+    threads = results["latency"]["threads"]
+    for row in results["latency"]["rows"]:
+        dense, slim = row["dense_min"] * 1e3, row["slim_min"] * 1e3
+        name = f"{row['batch']} x {row['tokens']} tokens, {threads} threads"
+        table.add_row(name, f"{dense:.2f} ms", f"{slim:.2f} ms", f"{dense / slim:.2f}x faster")
+    console.print(table)
+    console.print(f"slim model: {output / 'slim'}", soft_wrap=True)
+    console.print(f"report: {output / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,26 @@
+"""The training room: slimming inside ``transformers.Trainer``, with a dense teacher."""
+
+from __future__ import annotations
+
+from slimkern.training.callback import SlimCallback
+from slimkern.training.callbacks import KeepBest, StopOnInterrupt
+from slimkern.training.distillation import DistillationWeights
+from slimkern.training.tasks import ClassificationTask, EmbeddingTask, RegressionTask, Task
+from slimkern.training.teacher import Teacher
+from slimkern.training.trainer import DistillTrainer, TrainingSettings, disable_dropout, predict
+
+__all__ = [
+    "ClassificationTask",
+    "DistillTrainer",
+    "DistillationWeights",
+    "EmbeddingTask",
+    "KeepBest",
+    "RegressionTask",
+    "SlimCallback",
+    "StopOnInterrupt",
+    "Task",
+    "Teacher",
+    "TrainingSettings",
+    "disable_dropout",
+    "predict",
+]

@@ -1,0 +1,343 @@
+"""What a model is trained for: sentence embeddings, scores of pairs, classes of pairs.
+
+A task knows how to build its model, encode rows, run a batch, and what its losses are. The three
+share everything else: rows, trainer, callbacks, evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+
+from slimkern.training import data
+from slimkern.training.distillation import (
+    DistillationWeights,
+    class_loss,
+    embedding_loss,
+    hidden_state_loss,
+    mean_pool,
+    real_tokens,
+    score_loss,
+    similarity_loss,
+)
+from slimkern.training.evaluation import Statistic
+from slimkern.training.rows import EncodedRows, Padding
+
+Batch = dict[str, Tensor]
+POOLINGS = ("mean", "cls")
+_OURS = ("labels", "sequences")
+
+
+@dataclass
+class Outputs:
+    """What a model says about a batch.
+
+    Attributes:
+        vectors: per sequence, ``[B, D]``: the pooled embedding, or the logits of a cross-encoder.
+        tokens: hidden states of the real tokens of all layers, ``[T, L, D]``, where asked for.
+    """
+
+    vectors: Tensor
+    tokens: Tensor | None = None
+
+
+class Task(ABC):
+    """The part of training that depends on what is trained for."""
+
+    name: str
+    statistics: tuple[Statistic, ...]
+    default_weights: DistillationWeights
+
+    @abstractmethod
+    def load_model(self, source: str) -> PreTrainedModel:
+        """The dense model from a folder or a hub name."""
+
+    @abstractmethod
+    def encode(
+        self, pairs: Sequence[data.Pair], tokenizer: Any, max_length: int, path: str | Path
+    ) -> EncodedRows:
+        """Tokenize rows; ``path`` is where they came from, for error messages."""
+
+    @abstractmethod
+    def vectors(self, output: Any, batch: Batch) -> Tensor:
+        """``[B, D]`` from a model's output."""
+
+    @abstractmethod
+    def predictions(self, vectors: Tensor) -> Tensor:
+        """One number per row, ``[rows]``, to hold against the gold label."""
+
+    @abstractmethod
+    def task_loss(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """The loss on the gold labels."""
+
+    def distillation_losses(
+        self, student: Tensor, teacher: Tensor, weights: DistillationWeights
+    ) -> dict[str, Tensor]:
+        """The unweighted losses of ``vectors`` against the teacher's, by name of their weight."""
+        raise NotImplementedError
+
+    def run(self, model: nn.Module, batch: Batch, hidden_states: bool = False) -> Outputs:
+        """One forward of a collated batch."""
+        inputs = {name: value for name, value in batch.items() if name not in _OURS}
+        output = model(**inputs, output_hidden_states=hidden_states, return_dict=True)
+        tokens = None
+        if hidden_states:
+            # The first one is the embedding layer's, which is not slimmed.
+            tokens = real_tokens(tuple(output.hidden_states[1:]), batch["attention_mask"])
+        return Outputs(self.vectors(output, batch), tokens)
+
+    def losses(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        labels: Tensor,
+        weights: DistillationWeights,
+    ) -> dict[str, Tensor]:
+        """The weighted parts of the loss; their sum is what is trained.
+
+        Raises:
+            ValueError: a part needs a teacher and there is none.
+        """
+        parts: dict[str, Tensor] = {}
+        if weights.task:
+            parts["task"] = self.task_loss(student.vectors, labels)
+        if teacher is None:
+            if weights.needs_teacher:
+                raise ValueError("the distillation weights ask for a teacher, and there is none")
+        else:
+            if weights.hidden:
+                if student.tokens is None or teacher.tokens is None:
+                    raise ValueError("hidden-state distillation needs hidden states of both models")
+                parts["hidden"] = hidden_state_loss(student.tokens, teacher.tokens)
+            parts.update(self.distillation_losses(student.vectors, teacher.vectors, weights))
+        return {name: getattr(weights, name) * value for name, value in parts.items()}
+
+    def gold(self, rows: EncodedRows) -> npt.NDArray[np.float64]:
+        """The labels that predictions are held against."""
+        return np.asarray(rows.labels, dtype=np.float64)
+
+
+class EmbeddingTask(Task):
+    """Sentence embeddings (a bi-encoder): cosine of two pooled vectors against ``gold / scale``.
+
+    Args:
+        scale: the score of two sentences that mean the same (5 for STS-B).
+        pooling: ``mean`` over real tokens, or ``cls``: the first token's vector.
+    """
+
+    name = "embeddings"
+    statistics = ("pearson", "spearman")
+    default_weights = DistillationWeights()
+
+    def __init__(self, scale: float = 1.0, pooling: str = "mean") -> None:
+        if not scale > 0:
+            raise ValueError(f"scale is {scale}; accepted: a positive number")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; accepted: {', '.join(POOLINGS)}")
+        self.scale = float(scale)
+        self.pooling = pooling
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        """As :meth:`Task.load_model`."""
+        return AutoModel.from_pretrained(source)
+
+    def encode(
+        self, pairs: Sequence[data.Pair], tokenizer: Any, max_length: int, path: str | Path
+    ) -> EncodedRows:
+        """As :meth:`Task.encode`."""
+        if any(pair.second is None for pair in pairs):
+            raise data.DataError(f"{path}: embeddings need two sentences a row; name --sentence2")
+        labels = [value / self.scale for value in data.numeric_labels(pairs, path)]
+        firsts = _tokenize(tokenizer, [p.first for p in pairs], None, max_length)
+        seconds = _tokenize(tokenizer, [str(p.second) for p in pairs], None, max_length)
+        return EncodedRows(list(zip(firsts, seconds)), labels, Padding.of(tokenizer))
+
+    def vectors(self, output: Any, batch: Batch) -> Tensor:
+        """As :meth:`Task.vectors`."""
+        hidden: Tensor = output.last_hidden_state
+        if self.pooling == "mean":
+            return mean_pool(hidden, batch["attention_mask"])
+        first = batch["attention_mask"].argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), first]
+
+    def predictions(self, vectors: Tensor) -> Tensor:
+        """As :meth:`Task.predictions`."""
+        first, second = vectors.chunk(2)
+        return F.cosine_similarity(first, second)
+
+    def task_loss(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """As :meth:`Task.task_loss`."""
+        return F.mse_loss(self.predictions(vectors), labels.to(vectors.dtype))
+
+    def distillation_losses(
+        self, student: Tensor, teacher: Tensor, weights: DistillationWeights
+    ) -> dict[str, Tensor]:
+        """As :meth:`Task.distillation_losses`."""
+        parts = {}
+        if weights.embedding:
+            parts["embedding"] = embedding_loss(student, teacher)
+        if weights.similarity:
+            parts["similarity"] = similarity_loss(student, teacher)
+        if weights.score:
+            parts["score"] = score_loss(self.predictions(student), self.predictions(teacher))
+        return parts
+
+
+class RegressionTask(Task):
+    """A score of a sentence or a pair (a cross-encoder with one logit), mean squared error.
+
+    Args:
+        mean: where a fresh head starts: the mean of the training scores, so that the first epoch is
+            not spent on finding it.
+    """
+
+    name = "regression"
+    statistics = ("pearson", "spearman")
+    default_weights = DistillationWeights(
+        task=0.0, hidden=2.0, embedding=0.0, similarity=0.0, score=1.0
+    )
+
+    def __init__(self, mean: float = 0.0) -> None:
+        self.mean = float(mean)
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        """As :meth:`Task.load_model`."""
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, num_labels=1, problem_type="regression", output_loading_info=True
+        )
+        fresh = set(info["missing_keys"])
+        for name, parameter in model.named_parameters():
+            if name in fresh and name.endswith("bias") and parameter.shape == (1,):
+                nn.init.constant_(parameter, self.mean)
+        return model
+
+    def encode(
+        self, pairs: Sequence[data.Pair], tokenizer: Any, max_length: int, path: str | Path
+    ) -> EncodedRows:
+        """As :meth:`Task.encode`."""
+        return _encode_jointly(tokenizer, pairs, data.numeric_labels(pairs, path), max_length)
+
+    def vectors(self, output: Any, batch: Batch) -> Tensor:
+        """As :meth:`Task.vectors`."""
+        return output.logits
+
+    def predictions(self, vectors: Tensor) -> Tensor:
+        """As :meth:`Task.predictions`."""
+        return vectors.squeeze(-1)
+
+    def task_loss(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """As :meth:`Task.task_loss`."""
+        return F.mse_loss(self.predictions(vectors), labels.to(vectors.dtype))
+
+    def distillation_losses(
+        self, student: Tensor, teacher: Tensor, weights: DistillationWeights
+    ) -> dict[str, Tensor]:
+        """As :meth:`Task.distillation_losses`."""
+        if not weights.score:
+            return {}
+        return {"score": score_loss(self.predictions(student), self.predictions(teacher))}
+
+
+class ClassificationTask(Task):
+    """Classes of a sentence or a pair (a cross-encoder), cross-entropy.
+
+    Args:
+        names: the labels as the files spell them; their order is the order of the logits.
+    """
+
+    name = "classification"
+    statistics = ("accuracy",)
+    default_weights = DistillationWeights(
+        task=1.0, hidden=2.0, embedding=0.0, similarity=0.0, score=1.0
+    )
+
+    def __init__(self, names: Sequence[str]) -> None:
+        if len(names) < 2:
+            raise ValueError(f"classification needs at least 2 labels, got {list(names)}")
+        self.names = tuple(names)
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        """As :meth:`Task.load_model`."""
+        labels = dict(enumerate(self.names))
+        return AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=len(self.names),
+            id2label=labels,
+            label2id={name: i for i, name in labels.items()},
+            problem_type="single_label_classification",
+        )
+
+    def encode(
+        self, pairs: Sequence[data.Pair], tokenizer: Any, max_length: int, path: str | Path
+    ) -> EncodedRows:
+        """As :meth:`Task.encode`."""
+        labels = data.class_labels(pairs, self.names, path)
+        return _encode_jointly(tokenizer, pairs, labels, max_length)
+
+    def vectors(self, output: Any, batch: Batch) -> Tensor:
+        """As :meth:`Task.vectors`."""
+        return output.logits
+
+    def predictions(self, vectors: Tensor) -> Tensor:
+        """As :meth:`Task.predictions`."""
+        return vectors.argmax(dim=-1)
+
+    def task_loss(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """As :meth:`Task.task_loss`."""
+        return F.cross_entropy(vectors, labels)
+
+    def distillation_losses(
+        self, student: Tensor, teacher: Tensor, weights: DistillationWeights
+    ) -> dict[str, Tensor]:
+        """As :meth:`Task.distillation_losses`."""
+        return {"score": class_loss(student, teacher)} if weights.score else {}
+
+
+def read_pooling(source: str) -> str:
+    """``mean`` or ``cls``, as a sentence-transformers folder says; ``mean`` where it is silent.
+
+    Raises:
+        ValueError: the folder asks for a pooling that is neither.
+    """
+    path = Path(source) / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    asked = sorted(k for k, v in config.items() if k.startswith("pooling_mode_") and v is True)
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(asked) != 1 or asked[0] not in known:
+        raise ValueError(f"{path} asks for {asked or 'no pooling'}; accepted: {', '.join(known)}")
+    return known[asked[0]]
+
+
+def _tokenize(
+    tokenizer: Any, first: list[str], second: list[str] | None, max_length: int
+) -> list[dict[str, list[int]]]:
+    """Token ids (and types, where the tokenizer has them) of texts or pairs of texts."""
+    encoded = tokenizer(first, second, truncation=True, max_length=max_length)
+    names = [n for n in ("input_ids", "token_type_ids") if n in encoded]
+    return [dict(zip(names, row)) for row in zip(*(encoded[n] for n in names))]
+
+
+def _encode_jointly(
+    tokenizer: Any,
+    pairs: Sequence[data.Pair],
+    labels: Sequence[float] | Sequence[int],
+    max_length: int,
+) -> EncodedRows:
+    """Both sentences of a row as one sequence, as cross-encoders read them."""
+    single = all(pair.second is None for pair in pairs)
+    seconds = None if single else [str(pair.second) for pair in pairs]
+    encoded = _tokenize(tokenizer, [pair.first for pair in pairs], seconds, max_length)
+    return EncodedRows([(row,) for row in encoded], labels, Padding.of(tokenizer))
