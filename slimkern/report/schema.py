@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from slimkern.timing import LatencyRow, Machine
-from slimkern.training.evaluation import Score
 
 if TYPE_CHECKING:
     from slimkern.plan import SlimPlan
+    from slimkern.training.evaluation import Score
 
 __all__ = [
     "REQUIRED",
@@ -26,7 +26,6 @@ __all__ = [
     "Machine",
     "Model",
     "Results",
-    "Score",
     "Size",
     "Stage",
     "check",
@@ -133,6 +132,10 @@ class Results(TypedDict, total=False):
     notes: list[str]
 
 
+_SCORE = ("split", "metric", "dense", "slim", "low", "high", "level", "rows")
+"""The keys of :class:`slimkern.training.evaluation.Score`, which is not imported for them: it lives
+beside the trainer."""
+
 REQUIRED: tuple[str, ...] = ("title", "command", "date", "machine", "versions")
 
 
@@ -150,15 +153,17 @@ def check(results: Mapping[str, object]) -> None:
     if unknown:
         accepted = ", ".join(Results.__annotations__)
         raise ValueError(f"results has unknown sections {', '.join(unknown)}; accepted: {accepted}")
-    _check_rows(results, "layers", LayerWidth.__annotations__, ("name", "kind", "kept", "total"))
-    _check_rows(results, "scores", Score.__annotations__, ("split", "metric", "dense", "slim"))
-    _check_rows(results, "history", HistoryPoint.__annotations__, ("step",))
+    _check_rows(
+        results, "layers", tuple(LayerWidth.__annotations__), ("name", "kind", "kept", "total")
+    )
+    _check_rows(results, "scores", _SCORE, ("split", "metric", "dense", "slim"))
+    _check_rows(results, "history", tuple(HistoryPoint.__annotations__), ("step",))
 
 
 def _check_rows(
     results: Mapping[str, object],
     section: str,
-    accepted: Mapping[str, object],
+    accepted: Sequence[str],
     required: Sequence[str],
 ) -> None:
     rows = results.get(section) or ()

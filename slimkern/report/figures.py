@@ -1,0 +1,290 @@
+"""The report's figures: inline SVG whose ink follows the page, in light and in dark.
+
+Drawn with matplotlib's object interface (no global state, no screen). Text stays text, in the
+page's font; the ink, the grid and the tracks are drawn in placeholder colours and exchanged for the
+page's CSS variables.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from slimkern.report.schema import HistoryPoint, LatencyRow, LayerWidth, Size
+
+if TYPE_CHECKING:
+    from slimkern.training.evaluation import Score
+
+MINUS, TIMES = "\u2212", "\u00d7"  # typographic, written so that nobody takes them for - and x
+
+INK, GRID, TRACK = "#010203", "#040506", "#070809"
+DENSE, SLIM, WARM = "#0a0b0c", "#0d0e0f", "#101112"
+_VARIABLES = {
+    INK: "var(--ink)",
+    GRID: "var(--line)",
+    TRACK: "var(--track)",
+    DENSE: "var(--dense)",
+    SLIM: "var(--slim)",
+    WARM: "var(--warm)",
+}
+_MOST_POINTS = 500  # of a drawn line: a page is read at about 1,000 pixels
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+def accuracy(scores: Sequence[Score]) -> str:
+    """Dense and slim per split and metric, beside the difference with its interval."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 0.52 * len(scores) + 1.3), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        rows = np.arange(len(scores))[::-1]
+        for y, score in zip(rows, scores):
+            ends = [score["dense"], score["slim"]]
+            left.plot(ends, [y, y], color=TRACK, linewidth=5, zorder=1)
+        left.scatter([s["dense"] for s in scores], rows, s=70, color=DENSE, label="dense", zorder=3)
+        left.scatter([s["slim"] for s in scores], rows, s=70, color=SLIM, label="slim", zorder=3)
+        left.set_yticks(rows, [f"{s['split']} · {s['metric']}" for s in scores])
+        left.set_title("Score")
+        left.margins(x=0.12)
+        left.set_ylim(-0.6, len(scores) - 0.4)
+        left.grid(axis="y", visible=False)
+        right.axvline(0.0, color=INK, linewidth=1)
+        for y, score in zip(rows, scores):
+            difference = score["slim"] - score["dense"]
+            if "low" in score and "high" in score:
+                right.plot([score["low"], score["high"]], [y, y], color=SLIM, linewidth=2.2)
+            right.scatter([difference], [y], s=46, color=SLIM, zorder=3)
+        right.set_title(f"Difference, slim {MINUS} dense")
+        right.grid(axis="y", visible=False)
+        right.margins(x=0.12)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        return _svg(figure, "accuracy", "Scores of the dense and the slim model")
+
+
+def widths(layers: Sequence[LayerWidth]) -> str:
+    """What stays of every layer, over what was there: a panel per kind."""
+    kinds = [k for k in ("ffn", "mha") if any(w["kind"] == k for w in layers)]
+    titles = {"ffn": "FFN channels kept", "mha": "Attention heads kept"}
+    with matplotlib.rc_context(_STYLE):
+        most = max(sum(w["kind"] == k for w in layers) for k in kinds)
+        figure = Figure(figsize=(9.2, 0.30 * most + 1.1), layout="constrained")
+        panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+        for kind, axes in zip(kinds, panels):
+            own = [w for w in layers if w["kind"] == kind]
+            y = np.arange(len(own))[::-1]
+            axes.barh(y, [w["total"] for w in own], color=TRACK, height=0.66)
+            axes.barh(y, [w["kept"] for w in own], color=SLIM, height=0.66)
+            widest = max(w["total"] for w in own)
+            for at, width in zip(y, own):
+                label = f"{width['kept']:,} of {width['total']:,}"
+                axes.text(widest * 1.02, at, label, va="center", fontsize=9)
+            axes.set_yticks(y, layer_labels([w["name"] for w in own]))
+            axes.set_xlim(0, widest * 1.32)
+            axes.set_ylim(-0.6, len(own) - 0.4)
+            axes.set_xticks([])
+            axes.grid(visible=False)
+            axes.spines[["bottom", "left"]].set_visible(False)
+            axes.set_title(titles[kind])
+        return _svg(figure, "widths", "Units kept in every layer")
+
+
+def history(points: Sequence[HistoryPoint], score_name: str) -> str:
+    """Sparsity, loss and, where it was evaluated, the score over the steps of the run."""
+    steps = [p["step"] for p in points]
+    sparse = [k for k in ("ffn_sparsity", "mha_sparsity") if any(k in p for p in points)]
+    shown = [bool(sparse), any("loss" in p for p in points), any("score" in p for p in points)]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 1.9 * sum(shown) + 0.6), layout="constrained")
+        panels = iter(figure.subplots(max(1, sum(shown)), 1, sharex=True, squeeze=False)[:, 0])
+        last = None
+        if shown[0]:
+            last = next(panels)
+            for key, colour in zip(sparse, (SLIM, WARM) if len(sparse) == 2 else (SLIM,)):
+                name = {"ffn_sparsity": "FFN channels", "mha_sparsity": "attention heads"}[key]
+                x, y = _series(points, key)
+                last.step(x, y, where="post", color=colour, linewidth=2, label=name)
+            last.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            last.set_ylim(bottom=0)
+            last.set_title("Removed so far")
+            last.legend(loc="upper left", ncols=2)
+        if shown[1]:
+            last = next(panels)
+            x, y = _thinned(*_series(points, "loss"))
+            last.plot(x, y, color=DENSE, linewidth=0.8, alpha=0.55, label="logged")
+            last.plot(x, _smoothed(y), color=SLIM, linewidth=2, label="smoothed")
+            last.set_title("Training loss")
+            last.legend(loc="upper right", ncols=2)
+        if shown[2]:
+            last = next(panels)
+            x, y = _series(points, "score")
+            last.plot(x, y, color=SLIM, linewidth=2, marker="o", markersize=5)
+            last.set_title(score_name or "Score")
+        if last is not None:
+            last.set_xlabel("step")
+            last.set_xlim(min(steps), max(max(steps), min(steps) + 1))
+            last.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _svg(figure, "history", "Sparsity and loss over the steps")
+
+
+def size(sizes: Size) -> str:
+    """Parameters and bytes, dense and slim."""
+    rows: list[tuple[str, float, float, str]] = []
+    for label, key, unit in (
+        ("parameters in the layers", "parameters_no_embeddings", "M"),
+        ("parameters in all", "parameters", "M"),
+        ("weights file", "bytes", "MB"),
+    ):
+        if f"dense_{key}" in sizes and f"slim_{key}" in sizes:
+            rows.append((label, *(v / 1e6 for v in both(sizes, key)), unit))  # type: ignore[arg-type]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 0.75 * len(rows) + 0.5), layout="constrained")
+        axes = figure.subplots()
+        for index, (_, dense, slim, unit) in enumerate(rows):
+            y, whole = len(rows) - 1 - index, dense or 1.0
+            axes.barh(y + 0.17, 1.0, color=DENSE, height=0.30, label="dense" if not index else "")
+            axes.barh(
+                y - 0.17, slim / whole, color=SLIM, height=0.30, label="slim" if not index else ""
+            )
+            axes.text(1.01, y + 0.17, f"{dense:,.1f} {unit}", va="center", fontsize=9)
+            note = f"{slim:,.1f} {unit}   {MINUS}{1 - slim / whole:.0%}"
+            axes.text(slim / whole + 0.01, y - 0.17, note, va="center", fontsize=9)
+        axes.set_yticks(range(len(rows))[::-1], [r[0] for r in rows])
+        axes.set_xlim(0, 1.2)
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.spines[["bottom", "left"]].set_visible(False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        return _svg(figure, "size", "Parameters and file size")
+
+
+def latency(rows: Sequence[LatencyRow]) -> str:
+    """Median time of a forward per batch and length, dense and slim; a tick at the minimum."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 3.3), layout="constrained")
+        axes = figure.subplots()
+        x = np.arange(len(rows))
+        wide = 0.36
+        for shift, side, colour in ((-wide / 2, "dense", DENSE), (wide / 2, "slim", SLIM)):
+            medians = [1e3 * number(r, f"{side}_median") for r in rows]
+            minima = [1e3 * number(r, f"{side}_min") for r in rows]
+            axes.bar(x + shift, medians, wide * 0.94, color=colour, label=f"{side}, median")
+            label = "minimum" if side == "slim" else ""
+            axes.hlines(
+                minima, x + shift - wide * 0.4, x + shift + wide * 0.4, color=INK, label=label
+            )
+        for at, row in zip(x, rows):
+            ratio = row["dense_median"] / row["slim_median"]
+            top = max(row["dense_median"], row["slim_median"]) * 1e3
+            axes.annotate(
+                f"{ratio:.2f}{TIMES}", (at, top), (0, 5), textcoords="offset points", ha="center"
+            )
+        axes.set_xticks(x, [f"{r['batch']} {TIMES} {r['tokens']}" for r in rows])
+        axes.set_xlabel(f"batch {TIMES} tokens")
+        axes.set_ylabel("milliseconds")
+        axes.margins(y=0.15)
+        axes.grid(axis="x", visible=False)
+        axes.set_title("Time of one forward")
+        axes.legend(loc="upper left", ncols=3)
+        return _svg(figure, "latency", "Latency of the dense and the slim model")
+
+
+def number(section: Mapping[str, object], key: str) -> float:
+    """A number of a section by its name.
+
+    Raises:
+        ValueError: it is none; the message names the key.
+    """
+    value = section[key]
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{key} is {value!r}; accepted: a number")
+    return float(value)
+
+
+def both(section: Mapping[str, object], key: str) -> tuple[float, float]:
+    """``dense_<key>`` and ``slim_<key>`` of a section."""
+    return number(section, f"dense_{key}"), number(section, f"slim_{key}")
+
+
+def layer_labels(names: Sequence[str]) -> list[str]:
+    """Short labels of groups: the layer's number where the names differ in one number only."""
+    numbers = [re.findall(r"\d+", name) for name in names]
+    shapes = {re.sub(r"\d+", "#", name) for name in names}
+    if len(shapes) == 1 and len(names) > 1:
+        for column in range(len(numbers[0])):
+            found = [n[column] for n in numbers]
+            if len(set(found)) == len(names):
+                return [f"layer {n}" for n in found]
+    return [name if len(name) <= 28 else "…" + name[-27:] for name in names]
+
+
+def _series(points: Sequence[HistoryPoint], key: str) -> tuple[np.ndarray, np.ndarray]:
+    own = [(p["step"], number(p, key)) for p in points if key in p]
+    return np.array([x for x, _ in own], float), np.array([y for _, y in own], float)
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most :data:`_MOST_POINTS` points: means of neighbours."""
+    if len(x) <= _MOST_POINTS:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), _MOST_POINTS)
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def _smoothed(y: np.ndarray) -> np.ndarray:
+    """A centred running mean over a twentieth of the points."""
+    half = max(1, len(y) // 40)
+    return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an SVG element that takes its colours from the page."""
+    out = io.StringIO()
+    # Ids of clip paths and markers are hashed with the salt: unique on the page, and repeatable.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(
+        r'"(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend|'
+        r'PathCollection|LineCollection)_(\d+)"',
+        rf'"{name}-\1-\2"',
+        text,
+    )
+    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
