@@ -87,6 +87,8 @@ def accuracy(scores: Sequence[Score]) -> str:
         right.set_title(f"Difference, slim {MINUS} dense")
         right.grid(axis="y", visible=False)
         right.margins(x=0.12)
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2)
         return _svg(figure, "accuracy", "Scores of the dense and the slim model")
 
@@ -136,7 +138,7 @@ def history(points: Sequence[HistoryPoint], score_name: str) -> str:
             last.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             last.set_ylim(bottom=0)
             last.set_title("Removed so far")
-            last.legend(loc="upper left", ncols=2)
+            last.legend(loc="lower right", ncols=2)
         if shown[1]:
             last = next(panels)
             x, y = _thinned(*_series(points, "loss"))
@@ -157,65 +159,63 @@ def history(points: Sequence[HistoryPoint], score_name: str) -> str:
 
 
 def size(sizes: Size) -> str:
-    """Parameters and bytes, dense and slim."""
-    rows: list[tuple[str, float, float, str]] = []
+    """Parameters and bytes, dense and slim, each pair on the scale of its dense bar."""
+    rows = []
     for label, key, unit in (
         ("parameters in the layers", "parameters_no_embeddings", "M"),
         ("parameters in all", "parameters", "M"),
         ("weights file", "bytes", "MB"),
     ):
         if f"dense_{key}" in sizes and f"slim_{key}" in sizes:
-            rows.append((label, *(v / 1e6 for v in both(sizes, key)), unit))  # type: ignore[arg-type]
+            dense, slim = both(sizes, key)
+            share = f"{MINUS}{1 - slim / dense:.0%}" if dense else ""
+            texts = [f"{value / 1e6:,.1f} {unit}" for value in (dense, slim)]
+            rows.append((label, dense, slim, texts[0], f"{texts[1]}  ({share})"))
+    return _paired_bars(rows, "size", "Parameters and file size")
+
+
+def latency(table: Sequence[LatencyRow]) -> str:
+    """Median time of a forward per batch and length, each pair on the scale of its dense bar."""
+    rows = []
+    for row in table:
+        dense, slim = row["dense_median"], row["slim_median"]
+        label = f"{row['batch']} {TIMES} {row['tokens']} tokens"
+        ratio = (
+            f"{dense / slim:.2f}{TIMES} faster"
+            if dense >= slim
+            else (f"{slim / dense:.2f}{TIMES} slower")
+        )
+        rows.append((label, dense, slim, milliseconds(dense), f"{milliseconds(slim)}  ({ratio})"))
+    return _paired_bars(rows, "latency", "Latency of the dense and the slim model")
+
+
+def milliseconds(seconds: float) -> str:
+    """Three or more significant digits, with the unit."""
+    value = seconds * 1e3
+    return f"{value:,.1f} ms" if value >= 10 else f"{value:.2f} ms"
+
+
+def _paired_bars(rows: Sequence[tuple[str, float, float, str, str]], name: str, title: str) -> str:
+    """Pairs of bars of very different sizes: (label, dense, slim, dense's text, slim's text)."""
+    longest = max(max(slim / dense if dense else 1.0, 1.0) for _, dense, slim, _, _ in rows)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 0.75 * len(rows) + 0.5), layout="constrained")
+        figure = Figure(figsize=(9.2, 0.66 * len(rows) + 0.6), layout="constrained")
         axes = figure.subplots()
-        for index, (_, dense, slim, unit) in enumerate(rows):
-            y, whole = len(rows) - 1 - index, dense or 1.0
-            axes.barh(y + 0.17, 1.0, color=DENSE, height=0.30, label="dense" if not index else "")
-            axes.barh(
-                y - 0.17, slim / whole, color=SLIM, height=0.30, label="slim" if not index else ""
-            )
-            axes.text(1.01, y + 0.17, f"{dense:,.1f} {unit}", va="center", fontsize=9)
-            note = f"{slim:,.1f} {unit}   {MINUS}{1 - slim / whole:.0%}"
-            axes.text(slim / whole + 0.01, y - 0.17, note, va="center", fontsize=9)
-        axes.set_yticks(range(len(rows))[::-1], [r[0] for r in rows])
-        axes.set_xlim(0, 1.2)
+        y = np.arange(len(rows))[::-1]
+        ratios = [slim / dense if dense else 1.0 for _, dense, slim, _, _ in rows]
+        axes.barh(y + 0.18, [1.0] * len(rows), color=DENSE, height=0.30, label="dense")
+        axes.barh(y - 0.18, ratios, color=SLIM, height=0.30, label="slim")
+        for at, ratio, (_, _, _, dense_text, slim_text) in zip(y, ratios, rows):
+            axes.text(1.0 + 0.012 * longest, at + 0.18, dense_text, va="center", fontsize=9)
+            axes.text(ratio + 0.012 * longest, at - 0.18, slim_text, va="center", fontsize=9)
+        axes.set_yticks(y, [label for label, *_ in rows])
+        axes.set_xlim(0, 1.25 * longest)
+        axes.set_ylim(-0.55, len(rows) - 0.45)
         axes.set_xticks([])
         axes.grid(visible=False)
         axes.spines[["bottom", "left"]].set_visible(False)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
-        return _svg(figure, "size", "Parameters and file size")
-
-
-def latency(rows: Sequence[LatencyRow]) -> str:
-    """Median time of a forward per batch and length, dense and slim; a tick at the minimum."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9.2, 3.3), layout="constrained")
-        axes = figure.subplots()
-        x = np.arange(len(rows))
-        wide = 0.36
-        for shift, side, colour in ((-wide / 2, "dense", DENSE), (wide / 2, "slim", SLIM)):
-            medians = [1e3 * number(r, f"{side}_median") for r in rows]
-            minima = [1e3 * number(r, f"{side}_min") for r in rows]
-            axes.bar(x + shift, medians, wide * 0.94, color=colour, label=f"{side}, median")
-            label = "minimum" if side == "slim" else ""
-            axes.hlines(
-                minima, x + shift - wide * 0.4, x + shift + wide * 0.4, color=INK, label=label
-            )
-        for at, row in zip(x, rows):
-            ratio = row["dense_median"] / row["slim_median"]
-            top = max(row["dense_median"], row["slim_median"]) * 1e3
-            axes.annotate(
-                f"{ratio:.2f}{TIMES}", (at, top), (0, 5), textcoords="offset points", ha="center"
-            )
-        axes.set_xticks(x, [f"{r['batch']} {TIMES} {r['tokens']}" for r in rows])
-        axes.set_xlabel(f"batch {TIMES} tokens")
-        axes.set_ylabel("milliseconds")
-        axes.margins(y=0.15)
-        axes.grid(axis="x", visible=False)
-        axes.set_title("Time of one forward")
-        axes.legend(loc="upper left", ncols=3)
-        return _svg(figure, "latency", "Latency of the dense and the slim model")
+        return _svg(figure, name, title)
 
 
 def number(section: Mapping[str, object], key: str) -> float:

@@ -115,7 +115,7 @@ def _cards(results: Results) -> list[dict[str, str]]:
         value = low if low == high else f"{low[:-1]}{RANGE}{high}"
         threads = results["latency"].get("threads")
         note = f"median, {_plural(threads, 'thread')}" if threads else "median"
-        cards.append({"value": value, "label": "faster by the clock", "note": note})
+        cards.append({"value": value, "label": "the dense speed", "note": note})
     return cards
 
 
