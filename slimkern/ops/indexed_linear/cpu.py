@@ -33,7 +33,7 @@ def _index(index: Tensor | None) -> Tensor | None:
 
 def _full(like: Tensor, shape: tuple[int, ...], dense: bool) -> Tensor:
     """Where a gradient is scattered to: every element is written only if nothing is left out."""
-    return like.new_empty(shape) if dense else like.new_zeros(shape)
+    return torch.empty(shape, dtype=like.dtype) if dense else like.new_zeros(shape)
 
 
 def indexed_linear_fwd(
