@@ -1,22 +1,49 @@
-"""slimkern makes transformers smaller, exactly, and then really faster."""
+"""slimkern makes transformers smaller, exactly, and then really faster.
+
+The three-call path::
+
+    configs = slimkern.parse_auto_slim_config(model, ffn2_sparsity=0.8, mha_sparsity=0.6, ...)
+    pruning = slimkern.prepare_pruning(model, configs, optimizer)
+    ...  # your own training loop
+    model = slimkern.model_slim(model)
+
+The explicit path: ``discover``, ``importance``, ``make_plan``, ``mask_``, ``slim_``, ``save``,
+``load``.
+"""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from importlib.metadata import version as _version
 
-_HOME = {
-    "Discovery": "discovery", "Group": "discovery", "discover": "discovery",
-    "PlanEntry": "plan", "SlimPlan": "plan", "make_plan": "plan",
-    "Pruning": "pruning", "SurgeryError": "surgery", "mask_": "surgery", "slim_": "surgery",
-    "WeightPruningConfig": "config", "importance": "criteria",
-    "load": "checkpoint", "save": "checkpoint",
-    "model_slim": "auto_slim", "parse_auto_slim_config": "auto_slim", "prepare_pruning": "auto_slim",
-}
-__version__ = "0.1.0"
+from slimkern import cpu
+from slimkern.auto_slim import model_slim, parse_auto_slim_config, prepare_pruning
+from slimkern.checkpoint import load, save
+from slimkern.config import WeightPruningConfig
+from slimkern.criteria import importance
+from slimkern.discovery import Discovery, Group, discover
+from slimkern.plan import PlanEntry, SlimPlan, make_plan
+from slimkern.pruning import Pruning
+from slimkern.surgery import SurgeryError, mask_, slim_
 
+__version__ = _version("slimkern")
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"slimkern.{_HOME[name]}"), name)
-    raise AttributeError(name)
+__all__ = [
+    "Discovery",
+    "Group",
+    "PlanEntry",
+    "Pruning",
+    "SlimPlan",
+    "SurgeryError",
+    "WeightPruningConfig",
+    "cpu",
+    "discover",
+    "importance",
+    "load",
+    "make_plan",
+    "mask_",
+    "model_slim",
+    "parse_auto_slim_config",
+    "prepare_pruning",
+    "save",
+    "slim_",
+]
