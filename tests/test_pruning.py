@@ -438,7 +438,7 @@ def test_gradients_that_never_came_or_are_not_finite_stop_the_run():
     with pytest.raises(RuntimeError, match=r"0\.fc2: no gradient has reached its weights"):
         optimizer.step()
     model = make()
-    pruning, optimizer = start(model, rule(end_step=1))
+    _pruning, optimizer = start(model, rule(end_step=1))
     (model(torch.randn(2, 5, HIDDEN)) * 0).sum().backward()
     with pytest.raises(RuntimeError, match=r"0\.fc2: all scores are zero"):
         optimizer.step()
