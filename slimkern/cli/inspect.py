@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,29 +136,24 @@ def _group(model: nn.Module, group: Group) -> dict[str, Any]:
 
 
 def _print(described: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{escape(described['model'])}: {described['architecture']}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("group", overflow="fold")
-    table.add_column("units")
-    table.add_column("parameters per unit", justify="right")
-    table.add_column("made by", overflow="fold")
-    for group in described["groups"]:
-        word = "FFN channels" if group["kind"] == "ffn" else "heads"
-        units = f"{group['units']:,} {word}"
-        if group["kind"] == "mha":
-            units += f" of {group['unit_size']}"
-        name = group["name"] + (" (model head)" if group["is_head"] else "")
-        made_by = ", ".join(n.rpartition(".")[2] for n in group["producers"][:3])
-        if len(group["producers"]) > 3:
-            made_by += f", ... ({len(group['producers'])})"
-        if made_by in ("dense", "0"):
-            made_by = group["producers"][0]
-        table.add_row(escape(name), units, f"{group['parameters_per_unit']:,}", escape(made_by))
-    console.print(table)
+    table.add_column("layers", overflow="fold")
+    table.add_column("units", no_wrap=True)
+    table.add_column("parameters a unit", justify="right")
+    for (pattern, kind, units, unit_size, per_unit, is_head), names in _alike(described).items():
+        label = f"{units:,} FFN channels" if kind == "ffn" else f"{units:,} heads of {unit_size}"
+        pattern += " (model head)" if is_head else ""
+        table.add_row(escape(pattern), _ranges(names), label, f"{per_unit:,}")
+    console.print(f"{escape(described['model'])}: {described['architecture']}", soft_wrap=True)
+    if described["groups"]:
+        console.print(table)
     counts = described["parameters"]
     layers = max(1, counts["layers"])
     console.print(
@@ -172,3 +168,30 @@ def _print(described: dict[str, Any]) -> None:
         console.print(escape(line), soft_wrap=True, highlight=False)
     if not described["groups"]:
         console.print("nothing can be removed from this model", highlight=False)
+
+
+def _alike(described: dict[str, Any]) -> dict[tuple[Any, ...], list[int]]:
+    """Groups that differ in the layer's number only: what they share -> the numbers.
+
+    The number is the first in the name; a name without one stands for itself.
+    """
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for group in described["groups"]:
+        first = re.search(r"(?<=\.)\d+(?=\.)", "." + group["name"] + ".")
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", "." + group["name"] + ".", count=1).strip(".")
+        shared = (group["kind"], group["units"], group["unit_size"], group["parameters_per_unit"])
+        numbers = rows.setdefault((pattern, *shared, group["is_head"]), [])
+        if first is not None:
+            numbers.append(int(first.group()))
+    return rows
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
