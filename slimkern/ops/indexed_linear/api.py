@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slimkern.ops._registry import Backends, define_op
 
@@ -76,9 +75,17 @@ class IndexedLinearFn(torch.autograd.Function):
         return _fwd(x, weight, bias, rows, cols, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        """dy [M, R] -> dx [M, C], dW [N, K], db [N]."""
+        """dy [M, R] -> dx [M, C], dW [N, K], db [N].
+
+        Raises:
+            RuntimeError: under ``create_graph=True``; the gradients are no function of x and weight
+                for autograd, and a gradient penalty would silently miss its part.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "indexed_linear is differentiable once; create_graph is True, accepted: False"
+            )
         x, weight, rows, cols = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         N, K = ctx.shape
