@@ -35,9 +35,10 @@ def head_attributes(
     the output projection too, and around a per-head parameter.
     """
     places: list[tuple[str, int]] = []
-    per = len(makers) // len(takers)
-    for i, taker in enumerate(takers):
-        mine = makers[i * per : (i + 1) * per]
+    before = -1
+    for taker in takers:
+        mine = [m for m in makers if before < m.index < taker.index]
+        before = taker.index
         inner = _parent([m.name for m in mine])
         outer = _parent([taker.name, *(m.name for m in mine)])
         places += [(p, mine[0].out.size) for p in _upwards(inner, outer)]

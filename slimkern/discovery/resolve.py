@@ -88,9 +88,7 @@ class _Resolver:
         else:
             members = self._channels(unit, makers, takers, size)
         self._check_sizes(unit, makers, takers, num_units)
-        consumers = tuple(
-            Member(t.name, extent(t.taken) // live, "consumer") for t in takers
-        )
+        consumers = tuple(Member(t.name, extent(t.taken) // live, "consumer") for t in takers)
         if attention:
             attributes = head_attributes(self.model, makers, takers, params, live)
         else:
@@ -126,7 +124,7 @@ class _Resolver:
         if stop == 0:
             first = made[0]
             assert isinstance(first, Axis)
-            if first.residual and first.normed:
+            if first.residual and first.normed and not call.fresh & ~self.trace.joined:
                 return None  # the residual stream: its width is everyone's
             reason = first.mixed or "they are not in the order of its input features"
             raise _Refused(f"its input features are those of {names}, but {reason}")
@@ -162,8 +160,7 @@ class _Resolver:
                 makers = self.makers.get(digit)
                 if makers and digit.mixed and not (digit.residual and digit.normed):
                     raise _Refused(
-                        f"its input comes from the features of {_names(makers)}, "
-                        f"but {digit.mixed}"
+                        f"its input comes from the features of {_names(makers)}, but {digit.mixed}"
                     )
 
     # ------------------------------------------------------------------ members
@@ -184,9 +181,7 @@ class _Resolver:
         live = extent(unit)
         carried = {axis for dim in self.trace.carried for axis in axes(dim)}
         if carried & set(axes(unit)):
-            raise _Refused(
-                f"between {_names(makers)} and it lies an attention with a single head"
-            )
+            raise _Refused(f"between {_names(makers)} and it lies an attention with a single head")
         if size != 1 or any(m.out.size != live for m in makers):
             raise _Refused(
                 f"the features of {_names(makers)} can only be removed in blocks, outside an "
@@ -228,7 +223,7 @@ class _Resolver:
             if not roles and tuple(leaves([m.out])) in values and role == "producer":
                 role = "value"
             members.append(Member(m.name, m.out.size // live, role))
-            sources.setdefault(role, set()).add(m.source[0])
+            sources.setdefault(role, set()).add(m.source)
         counts = [sum(m.role == r for m in members) for r in ("query", "key", "value")]
         if {m.unit_size for m in members if m.role == "key"} != {
             m.unit_size for m in members if m.role == "query"

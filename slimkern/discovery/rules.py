@@ -35,7 +35,10 @@ class Op:
     @property
     def here(self) -> str:
         """How reasons speak of the operation: its name and its place."""
-        return f"{self.name!r} {self.tracer.here()}"
+        name = self.name.strip("_").removeprefix("native_")
+        if name.startswith("scaled_dot_product"):
+            name = "scaled_dot_product_attention"
+        return f"{name!r} {self.tracer.here()}"
 
     def of(self, name: str) -> Value:
         """What is known of the operand ``name``."""
@@ -66,20 +69,28 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 def apply(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Work out what is known of the results of one operation."""
     outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if _is_tensor(t)]
-    if not outs:
-        return
     name = func._schema.name.split("::")[1]
+    writes = func._schema.is_mutable
+    if not (outs or writes or name in _READS):
+        return
     bound = _bind(func, args, kwargs)
     operands = [tracer.value(t) for t in _tensors(bound.values())]
-    writes = name.endswith("_") and not name.startswith("_")
-    op = Op(tracer, name, bound, operands, outs[0])
-    rule = RULES.get(name) or RULES.get(name[:-1] if writes else name)
+    op = Op(tracer, name, bound, operands, outs[0] if outs else operands[0].tensor)
+    if not outs or (writes and not name.endswith("_")):
+        _unknown(op)
+        for v in operands:
+            v.lost |= frozenset(a for w in operands for d in w.dims for a in axes(d))
+        outs = outs or [op.out]
+    rule = RULES.get(name) or RULES.get(name.rstrip("_"))
     if rule is None and torch.Tag.pointwise in func.tags:
         rule = _pointwise
-    if 0 in outs[0].shape:
+    if 0 in outs[0].shape or (writes and not name.endswith("_")):
         rule = None
     results = _several(op, outs) if name in _SEVERAL else [(rule or _unknown)(op)]
     _record(op, outs, results, writes)
+
+
+_READS = {"_local_scalar_dense", "item", "equal", "is_nonzero"}
 
 
 def _record(op: Op, outs: list[Tensor], results: list[list[Dim]], writes: bool) -> None:
@@ -199,10 +210,12 @@ def _note_residual(op: Op, values: list[Value]) -> None:
         return
     nested = (a.made_by & b.made_by) in (a.made_by, b.made_by)
     op.residual = nested and a.made_by != b.made_by
+    if op.residual:
+        op.tracer.trace.joined |= a.last | b.last
 
 
 @_rule(
-    "_to_copy", "copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "clone", "view_as_real_",
+    "_to_copy", "copy", "detach", "alias", "lift_fresh", "lift_fresh_copy", "clone",
     "masked_fill", "_prelu_kernel", "hardswish", "gelu", "silu", "fill", "floor_divide",
     "zeros_like", "ones_like", "full_like", "empty_like", "contiguous", "log_sigmoid_forward",
 )  # fmt: skip

@@ -63,7 +63,8 @@ class Call:
         out: the axis of its output features.
         taken: the factors of its input features, as they were then.
         lost: axes that its input depends on without showing them.
-        source: what its input was computed from, as bits, and the input itself.
+        source: the linears that its input was computed from, as bits.
+        fresh: the linears whose output its input still is (see ``Value.last``), as bits.
         blocked: why it can be no member of a group, or None.
         tied: it is blocked because a parameter is also another module's.
     """
@@ -75,7 +76,8 @@ class Call:
     out: Axis = field(default_factory=lambda: Axis(1))
     taken: Dim = ()
     lost: frozenset[Axis] = frozenset()
-    source: tuple[int, int] = (0, 0)
+    source: int = 0
+    fresh: int = 0
     blocked: str | None = None
     tied: bool = False
 
@@ -92,6 +94,7 @@ class Trace:
             with keys).
         carried: dimensions that a product of two activations carries along (the values').
         last: linears that reach the outputs with no other linear after them, as bits.
+        joined: linears whose output is a term of a residual sum, as bits.
     """
 
     linears: dict[str, Call] = field(default_factory=dict)
@@ -100,6 +103,7 @@ class Trace:
     products: list[tuple[Dim, Dim]] = field(default_factory=list)
     carried: list[Dim] = field(default_factory=list)
     last: int = 0
+    joined: int = 0
 
     def called(self) -> list[Call]:
         """The linears that were called, in order of their first call."""
@@ -206,7 +210,7 @@ class Tracer(TorchDispatchMode):
         if call.calls == 1:
             call.index, call.out = self.new_bit(), Axis(int(out.shape[-1]))
             call.taken, call.lost = source.dims[-1], source.lost
-            call.source = (source.made_by, id(x))
+            call.source, call.fresh = source.made_by, source.last
         else:
             call.blocked = call.blocked or "it is called several times in one forward"
             mix([*source.dims[-1], *call.taken], f"{call.name!r} is called several times")
@@ -355,4 +359,3 @@ def _run(model: nn.Module, inputs: Inputs, *, fake: bool) -> Trace:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-

@@ -1,0 +1,215 @@
+"""Discovery on the supported families: what is found, what is left alone, and that it is exact."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import tiny_models as tm
+import torch
+from torch import nn
+
+from slimkern.discovery import Group, discover
+
+ATTENTION = {name: ("eager",) if name == "mpnet" else ("eager", "sdpa") for name in tm.FAMILIES}
+CASES = [
+    (name, task, attention)
+    for name in tm.FAMILIES
+    for task in tm.TASKS
+    for attention in ATTENTION[name]
+]
+
+
+def kinds(groups) -> dict[str, int]:
+    return {kind: sum(g.kind == kind for g in groups) for kind in ("ffn", "mha")}
+
+
+@pytest.mark.parametrize(("name", "task", "attention"), CASES)
+def test_finds_every_layer_of_every_family(name, task, attention):
+    model = tm.FAMILIES[name](task, attention=attention)
+    found = discover(model)
+    body = [g for g in found if not g.is_head]
+    layers = 1 if name == "mpnet" else tm.LAYERS  # MPNet: one group, tied by the position bias
+    assert kinds(body) == {"ffn": tm.LAYERS, "mha": layers}
+    for group in body:
+        if group.kind == "ffn":
+            assert group.num_units == tm.FFN
+            assert [m.unit_size for m in (*group.producers, *group.consumers)] == [1, 1]
+        else:
+            tied = tm.LAYERS if name == "mpnet" else 1
+            assert group.num_units == tm.HEADS
+            assert [m.role for m in group.producers] == ["query", "key", "value"] * tied
+            assert {m.unit_size for m in (*group.producers, *group.consumers)} == {tm.HEAD_DIM}
+            assert len(group.consumers) == tied
+        assert group.name == group.consumers[0].name
+    # A head that is a second linear (classifier after a dense layer) is shown as one.
+    heads = [g for g in found if g.is_head]
+    assert len(heads) == (1 if task == "ForSequenceClassification" else 0)
+    # The only other second linear is the decoder of a language model, behind a norm.
+    assert len(found.refused) == (1 if task == "ForMaskedLM" else 0)
+    for refusal in found.refused:
+        assert "layer_norm" in refusal.reason
+
+
+@pytest.mark.parametrize("name", tm.FAMILIES)
+def test_order_of_execution_and_roles_do_not_come_from_names(name):
+    groups = discover(tm.FAMILIES[name]()).groups
+    linears = [n for n, m in tm.FAMILIES[name]().named_modules() if isinstance(m, nn.Linear)]
+    firsts = [linears.index(g.producers[0].name) for g in groups]
+    assert firsts == sorted(firsts)
+    again = discover(tm.FAMILIES[name]()).groups
+    assert again == groups
+
+
+def test_names_play_no_part():
+    model = tm.FAMILIES["bert"]("ForSequenceClassification")
+    expected = [(g.kind, g.num_units, g.is_head) for g in discover(model)]
+    for module in list(model.modules()):
+        for i, key in enumerate(list(module._modules)):
+            if isinstance(module, (nn.ModuleList, nn.Sequential)):
+                continue
+            if isinstance(module._modules[key], nn.Linear):  # swap in an alias under a new name
+                child = module._modules.pop(key)
+                module._modules[f"m{i}"] = child
+                module.__dict__[key] = child
+    found = discover(model)
+    assert [(g.kind, g.num_units, g.is_head) for g in found] == expected
+    assert all(".m" in m.name or m.name.startswith("m") for g in found for m in g.producers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", tm.FAMILIES)
+def test_any_dtype(name, dtype):
+    assert discover(tm.FAMILIES[name](dtype=dtype)) == discover(tm.FAMILIES[name]())
+
+
+def test_mpnet_heads_are_tied_by_the_position_bias():
+    (group,) = [g for g in discover(tm.FAMILIES["mpnet"]()) if g.kind == "mha"]
+    (bias,) = group.between
+    assert (bias.name, bias.dim, bias.unit_size) == (
+        "encoder.relative_attention_bias.weight", 1, 1,
+    )  # fmt: skip
+    counts = {(a.module, a.name): a.per_unit for a in group.attributes}
+    assert counts["encoder", "n_heads"] == 1
+    assert counts["encoder.layer.2.attention.attn", "num_attention_heads"] == 1
+    assert counts["encoder.layer.2.attention.attn", "all_head_size"] == tm.HEAD_DIM
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bert", {"num_attention_heads": 1, "all_head_size": tm.HEAD_DIM}),
+        ("distilbert", {"n_heads": 1, "dim": tm.HEAD_DIM}),
+    ],
+)
+def test_attributes_that_count_heads(name, expected):
+    groups = [g for g in discover(tm.FAMILIES[name]()) if g.kind == "mha"]
+    for group in groups:
+        assert {a.name: a.per_unit for a in group.attributes} == expected
+
+
+def test_ffn_width_of_its_own_module():
+    groups = [g for g in discover(tm.OTHERS["llama"]("ForCausalLM")) if g.kind == "ffn"]
+    assert [a.name for g in groups for a in g.attributes] == ["intermediate_size"] * tm.LAYERS
+    assert [len(g.producers) for g in groups] == [2] * tm.LAYERS  # gate and up
+
+
+def test_a_large_model_takes_under_three_seconds():
+    model = tm.FAMILIES["bert"]("ForSequenceClassification", num_hidden_layers=24)
+    discover(tm.FAMILIES["bert"]())  # imports and caches of the first call are not the model's
+    start = time.perf_counter()
+    found = discover(model)
+    assert len(found) == 49
+    assert time.perf_counter() - start < 3
+
+
+def test_meta_device_model():
+    with torch.device("meta"):
+        model = tm.mlp(6, 9, 7)
+    found = discover(model, torch.zeros(2, 6))
+    assert [g.name for g in found] == ["2"]
+
+
+# ----------------------------------------------------------------- the theorem, by plain slicing
+
+
+def zero_units(model: nn.Module, group: Group, dead: list[int]) -> None:
+    """Zero the columns of ``dead`` units in the group's second linears."""
+    for member in group.consumers:
+        weight = model.get_submodule(member.name).weight.data
+        weight.unflatten(1, (-1, member.unit_size))[:, dead] = 0
+
+
+def delete_units(model: nn.Module, group: Group, dead: list[int]) -> None:
+    """Slice ``dead`` units out of everything that the group names; independent of surgery."""
+    keep = [u for u in range(group.num_units) if u not in dead]
+
+    def cut(tensor, dim, unit_size):
+        parts = tensor.unflatten(dim, (group.num_units, unit_size))
+        index = torch.tensor(keep)
+        return nn.Parameter(parts.index_select(dim, index).flatten(dim, dim + 1))
+
+    for member in group.producers:
+        linear = model.get_submodule(member.name)
+        linear.weight = cut(linear.weight.data, 0, member.unit_size)
+        if linear.bias is not None:
+            linear.bias = cut(linear.bias.data, 0, member.unit_size)
+        linear.out_features = linear.weight.shape[0]
+    for member in group.consumers:
+        linear = model.get_submodule(member.name)
+        linear.weight = cut(linear.weight.data, 1, member.unit_size)
+        linear.in_features = linear.weight.shape[1]
+    for between in group.between:
+        owner, _, leaf = between.name.rpartition(".")
+        parameter = getattr(model.get_submodule(owner), leaf)
+        setattr(
+            model.get_submodule(owner), leaf, cut(parameter.data, between.dim, between.unit_size)
+        )
+    for a in group.attributes:
+        setattr(model.get_submodule(a.module), a.name, a.per_unit * len(keep))
+
+
+def first_output(out) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def assert_deletion_is_exact(model: nn.Module, groups, run) -> None:
+    """Zeroing units and deleting them give the same output, in fp64.
+
+    Both sum the same terms but for zeros, so that they differ by the rounding of reassociated sums:
+    a small multiple of eps times the size of the output. The model must also depend on the units.
+    """
+    generator = torch.Generator().manual_seed(1)
+    before = run(model)
+    for group in groups:
+        order = torch.randperm(group.num_units, generator=generator).tolist()
+        dead = order[: max(1, group.num_units // 2)]
+        zero_units(model, group, dead)
+        masked = run(model)
+        assert not torch.allclose(masked, before, rtol=1e-6), group.name
+        delete_units(model, group, dead)
+        slim = run(model)
+        scale = masked.abs().max()
+        assert (slim - masked).abs().max() <= 1e4 * torch.finfo(torch.float64).eps * scale
+        before = slim
+
+
+@pytest.mark.parametrize(("name", "attention"), [(n, a) for n in ATTENTION for a in ATTENTION[n]])
+def test_deletion_is_exact_in_every_family(name, attention):
+    model = tm.FAMILIES[name]("ForSequenceClassification", attention, torch.float64)
+    inputs = tm.text_inputs()
+    with torch.no_grad():
+        assert_deletion_is_exact(model, discover(model), lambda m: first_output(m(**inputs)))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_deletion_is_exact_elsewhere(name):
+    task = {"llama": "Model", "t5": "EncoderModel", "vit": "Model"}[name]
+    model = tm.OTHERS[name](task, dtype=torch.float64)
+    inputs = tm.text_inputs()
+    if name == "vit":
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16).double()}
+    groups = discover(model).groups
+    assert {g.kind for g in groups} == {"ffn", "mha"}
+    with torch.no_grad():
+        assert_deletion_is_exact(model, groups, lambda m: first_output(m(**inputs)))
