@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -103,18 +101,9 @@ def complete(run: Run, title: str, masked: nn.Module, **described: Any) -> Resul
         "latency": latency,
         "notes": [*described.get("notes", ()), checked, f"all stages together: {total:.0f} s"],
     }
-    write_results(results, run.folder)
+    write_report(results, run.folder)
     shutil.rmtree(run.folder / "training", ignore_errors=True)
     return results
-
-
-def write_results(results: Results, folder: Path) -> Path:
-    """Write ``results.json`` and ``report.html``; returns the page's path."""
-    page = write_report(results, folder)
-    scratch = folder / "results.json.part"
-    scratch.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    os.replace(scratch, folder / "results.json")
-    return page
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -155,7 +156,7 @@ class Run:
                     f"--output {self.folder} holds a run with other settings "
                     f"({', '.join(differing)}); give another folder, or --overwrite to start anew"
                 )
-            if (self.folder / "results.json").is_file():
+            if (self.folder / "report.html").is_file():
                 raise RunError(
                     f"--output {self.folder} holds this run, finished; see its report.html, "
                     f"or give --overwrite to run it again"
@@ -292,6 +293,7 @@ class Run:
         folder = Path(str(trainer.args.output_dir))
         last = get_last_checkpoint(folder) if folder.is_dir() else None
         with self.display.stage(name) as bar, StopOnInterrupt(self.display.line) as stop:
+            trainer.remove_callback(PrinterCallback)
             trainer.add_callback(stop)
             trainer.add_callback(_ShowProgress(bar, self.display, self.task.statistics[-1]))
             trainer.train(resume_from_checkpoint=last)

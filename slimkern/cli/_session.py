@@ -18,6 +18,7 @@ from slimkern.cli._display import Display
 if TYPE_CHECKING:
     from slimkern.report.schema import Results
 
+EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -25,7 +26,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def session(threads: int | None, output: Path) -> Iterator[Display]:
     """Run a command's body: expected errors end it with one sentence, Ctrl-C with how to go on.
 
-    Exit codes: 1 for an error, 130 for Ctrl-C.
+    Exit codes: 2 for an error, 130 for Ctrl-C.
     """
     display = Display()
     # The tokenizers' own thread pool is of no use here and warns when a process forks.
@@ -50,29 +51,31 @@ def session(threads: int | None, output: Path) -> Iterator[Display]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (DataError, FetchError, RunError) as error:
         display.line(f"error: {error}")
-        raise typer.Exit(1) from None
+        raise typer.Exit(EXIT_ERROR) from None
 
 
 def summarize(results: Results, output: Path) -> None:
     """The run's outcome as a table on standard output."""
     console = Console()
     table = Table(title=results["title"])
-    for name in ("", "dense", "slim", "difference"):
+    for name in ("", "dense", "slim", "change", "95 % interval"):
         table.add_column(name, justify="left" if not name else "right")
     for score in results["scores"]:
         change = f"{score['slim'] - score['dense']:+.4f}"
-        change += f" [{score['low']:+.4f}, {score['high']:+.4f}]"
+        interval = f"{score['low']:+.4f} .. {score['high']:+.4f}"
         name = f"{score['split']} {score['metric']}"
-        table.add_row(name, f"{score['dense']:.4f}", f"{score['slim']:.4f}", change)
+        table.add_row(name, f"{score['dense']:.4f}", f"{score['slim']:.4f}", change, interval)
     size: dict[str, Any] = dict(results["size"])
     for name, key in (("parameters", ""), ("without embeddings", "_no_embeddings")):
         dense, slim = size[f"dense_parameters{key}"], size[f"slim_parameters{key}"]
         table.add_row(name, f"{dense:,}", f"{slim:,}", f"{slim / dense - 1:+.1%}")
     threads = results["latency"]["threads"]
+    table.add_section()
     for row in results["latency"]["rows"]:
         dense, slim = row["dense_min"] * 1e3, row["slim_min"] * 1e3
-        name = f"{row['batch']} x {row['tokens']} tokens, {threads} threads"
-        table.add_row(name, f"{dense:.2f} ms", f"{slim:.2f} ms", f"{dense / slim:.2f}x faster")
+        name = f"{row['batch']} x {row['tokens']} tokens"
+        table.add_row(name, f"{dense:.2f} ms", f"{slim:.2f} ms", f"{dense / slim:.2f}x")
+    table.caption = f"times: fastest forward, {threads} thread(s), float32"
     console.print(table)
     console.print(f"slim model: {output / 'slim'}", soft_wrap=True)
     console.print(f"report: {output / 'report.html'}", soft_wrap=True)

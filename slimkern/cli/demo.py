@@ -103,7 +103,7 @@ def _bi_encoder(model: Path, full: bool, seed: int) -> RunSettings:
         mha_sparsity=MHA_SPARSITY,
         # One epoch: further ones add nothing on this data.
         dense=TrainingSettings(
-            epochs=1, learning_rate=3e-5, warmup_steps=18, weight_decay=0.01, seed=seed
+            epochs=1, learning_rate=3e-5, warmup=0.1, weight_decay=0.01, seed=seed
         ),
         slim=TrainingSettings(epochs=epochs, learning_rate=5e-4, dropout=False, seed=seed),
         weights=DistillationWeights(),
@@ -131,7 +131,7 @@ def _cross_encoder(model: Path, full: bool, seed: int) -> RunSettings:
         "batch_size": 16,
         "weight_decay": 1e-7,
         "betas": (0.9, 0.9),
-        "warmup_steps": 0,
+        "warmup": 0.0,
         "seed": seed,
     }
     return RunSettings(

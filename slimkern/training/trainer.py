@@ -31,7 +31,7 @@ class TrainingSettings:
         learning_rate: the peak.
         batch_size: rows per optimizer step.
         schedule: ``linear`` or ``cosine`` decay to zero, or ``constant``, after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up.
+        warmup: fraction of the optimizer steps in which the learning rate rises linearly.
         weight_decay, betas: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         dropout: whether the model's own dropout is on. Distillation does better without.
@@ -42,7 +42,7 @@ class TrainingSettings:
     learning_rate: float
     batch_size: int = 32
     schedule: str = "linear"
-    warmup_steps: int = 50
+    warmup: float = 0.05
     weight_decay: float = 1e-7
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
@@ -56,6 +56,8 @@ class TrainingSettings:
             raise ValueError(f"learning_rate is {self.learning_rate}; accepted: a positive number")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; accepted: at least 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; accepted: a fraction in [0, 1)")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}; accepted: {', '.join(SCHEDULES)}")
 
@@ -67,7 +69,7 @@ class TrainingSettings:
             learning_rate=self.learning_rate,
             per_device_train_batch_size=self.batch_size,
             lr_scheduler_type=self.schedule,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=self.warmup,
             weight_decay=self.weight_decay,
             adam_beta1=self.betas[0],
             adam_beta2=self.betas[1],
