@@ -14,8 +14,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "slimkern"
 STDLIB = set(sys.stdlib_module_names)
 DATA = {"slimkern.discovery.groups"}  # frozen descriptions that plans and surgery speak in
 READERS = {"torch", "slimkern.discovery", "slimkern.plan", "slimkern.config", "slimkern.schedule"}
+REPORTS = {"slimkern.pruning_report"}  # frozen data
 LIBRARY = {
     *READERS,
+    *REPORTS,
     "slimkern.criteria",
     "slimkern.surgery",
     "slimkern.optimizer_state",
@@ -25,6 +27,8 @@ LIBRARY = {
     "slimkern.cpu",
     "slimkern.auto_slim",
     "slimkern.checkpoint",
+    "slimkern.folders",
+    "slimkern.skeleton",
     "slimkern.timing",
     "safetensors",
     "numpy",
@@ -51,10 +55,13 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("criteria.py", {"torch", "slimkern.discovery", "slimkern.plan"}),
     ("optimizer_state.py", {"torch"}),
     ("surgery.py", {"torch", "slimkern.plan", "slimkern.nn", "slimkern.optimizer_state", *DATA}),
-    ("pruning.py", {*READERS, "slimkern.criteria", "slimkern.surgery", "slimkern.nn"}),
+    ("pruning.py", {*READERS, "slimkern.criteria", "slimkern.surgery", "slimkern.nn", *REPORTS}),
+    ("pruning_report.py", set()),
     ("timing.py", {"torch", "numpy", "slimkern.cpu"}),
     ("auto_slim.py", LIBRARY),
     ("checkpoint.py", {*LIBRARY, "transformers"}),
+    ("skeleton.py", {"torch", "transformers"}),
+    ("folders.py", set()),
     ("training/", TRAINING),
     ("cli/", EVERYTHING),
     ("report/", EVERYTHING),
