@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,13 +16,16 @@ from torch import nn
 
 from slimkern.config import KEYS, PATTERNS, PruningRule, WeightPruningConfig, check_known
 from slimkern.discovery import discover
-from slimkern.discovery.groups import Discovery, Group
+from slimkern.discovery.groups import Discovery
 from slimkern.plan import SlimPlan, plan_from_zeros
 from slimkern.pruning import Pruning
 from slimkern.surgery import slim_, unmasked
+from slimkern.targets import described, reasons, targets
 
 _KIND = {"channelx1": "ffn", "mha": "mha"}
 _WHAT = {"ffn": "FFN (two linears with elementwise operations between)", "mha": "self-attention"}
+
+_SHOWN = 12  # refusals in an error message
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def parse_auto_slim_config(
     found = discover(model, _example_inputs(model, dataloader))
     configs = []
     for pattern, rule in rules.items():
-        groups, _ = _targets(model, found, rule)
+        groups, _ = targets(model, found, rule)
         names: dict[str, Any] = {"op_names": [g.name for g in groups], "pattern": pattern}
         options = {k: v for k, v in kwargs.items() if k != "op_names"}
         configs.append({**names, "target_sparsity": rule.target_sparsity, **options})
@@ -136,7 +138,7 @@ def prepare_pruning(
     chosen, notes = [], []
     owner: dict[str, int] = {}
     for position, rule in enumerate(config.rules):
-        groups, more = _targets(model, found, rule)
+        groups, more = targets(model, found, rule)
         for group in groups:
             if group.name in owner:
                 raise ValueError(
@@ -163,8 +165,8 @@ def model_slim(
     The result equals the model as it was, to rounding, and is the same every time.
 
     A model in which groups were found but nothing is masked or zero comes back unchanged, so that
-    a second call does no harm; a line in the log says so. What was removed is in
-    ``model.slim_plan``.
+    a second call does no harm; a line in the log says so, as it does of zeros that rounding or a
+    refusal keeps. What was removed is in ``model.slim_plan``.
 
     Args:
         model: the model, changed in place.
@@ -177,22 +179,27 @@ def model_slim(
         the model.
 
     Raises:
-        ValueError: nothing was found that could ever be removed, or a removal would not be exact;
-            nothing has been changed then.
+        ValueError: nothing was found that could ever be removed, or the only zeros are where a
+            removal would not be exact; nothing has been changed then.
     """
     if round_multiplier < 1:
         raise ValueError(f"round_multiplier must be at least 1, got {round_multiplier}")
     found = _discover(model, dataloader)
     if not found.groups:
-        raise ValueError(f"nothing can be removed from this {_described(model)}\n{_reasons(found)}")
+        raise ValueError(f"nothing can be removed from this {described(model)}\n{reasons(found)}")
     masks: SlimPlan = vars(model).get("mask_plan", SlimPlan(()))
     masked = {e.group.name for e in masks.entries if e.sparsity}
     zeros = plan_from_zeros(
         model, [g for g in found.groups if g.name not in masked], round_multiplier
     )
-    entries = [e for e in (*masks.entries, *zeros.entries) if e.sparsity]
-    for note in zeros.notes:
-        logger.warning("model_slim: %s", note)
+    by_name = {e.group.name: e for e in (*masks.entries, *zeros.entries) if e.sparsity}
+    order = {g.name: i for i, g in enumerate(found.groups)}
+    entries = sorted(by_name.values(), key=lambda e: order.get(e.group.name, len(order)))
+    stuck = _refused_zeros(model, found)
+    if stuck and not entries:
+        raise ValueError("the zeros of this model can't be removed exactly\n" + "\n".join(stuck))
+    for note in (*zeros.notes, *stuck):
+        logger.warning("model_slim: %s", note.strip())
     if not entries:
         logger.warning(
             "model_slim: none of the %d groups has a masked or zero unit; the model is unchanged",
@@ -214,7 +221,7 @@ def _discover(model: nn.Module, dataloader: Iterable[Any] | None) -> Discovery:
 
 
 def _example_inputs(model: nn.Module, dataloader: Iterable[Any] | None) -> Any:
-    """The first batch, reduced to what ``model.forward`` takes; ``None`` without a dataloader."""
+    """The first batch, without keys that ``model.forward`` does not name."""
     if dataloader is None:
         return None
     if isinstance(dataloader, (int, float)):
@@ -225,86 +232,21 @@ def _example_inputs(model: nn.Module, dataloader: Iterable[Any] | None) -> Any:
     batch = next(iter(dataloader), None)
     if batch is None:
         raise ValueError("dataloader holds no batch")
-    signature = inspect.signature(model.forward)
-    if isinstance(batch, Mapping):
-        kinds = {p.kind for p in signature.parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD in kinds and "input_ids" not in signature.parameters:
-            return dict(batch)
-        return {k: v for k, v in batch.items() if k in signature.parameters}
-    if isinstance(batch, (tuple, list)):
-        try:
-            signature.bind(*batch)
-        except TypeError:  # more than the model takes: (inputs, targets)
-            batch = batch[:1]
-        return tuple(batch)
+    if isinstance(batch, Mapping):  # a dataset's other columns are no arguments
+        parameters = inspect.signature(model.forward).parameters
+        if any(k in parameters for k in batch):
+            return {k: v for k, v in batch.items() if k in parameters}
     return batch
 
 
-def _targets(
-    model: nn.Module, found: Discovery, rule: PruningRule
-) -> tuple[tuple[Group, ...], list[str]]:
-    """The groups that a rule prunes, and notes; a rule or an entry without a target raises."""
-    kind = _KIND[rule.pattern]
-    modules = {n for n, _ in model.named_modules()}
-    fitting = [g for g in found.groups if g.kind == kind and _is_type(model, g, rule)]
-    chosen = [g for g in fitting if not g.is_head]
-    if rule.op_names:
-        chosen = [g for g in fitting if _hits(rule.op_names, _selectable(g), modules)]
-    notes = []
-    for entry in rule.excluded_op_names:
-        if not any(_hits((entry,), (name,), modules) for name in modules):
-            notes.append(f"excluded_op_names: {entry!r} is the name of no module")
-    excluded = rule.excluded_op_names
-    chosen = [g for g in chosen if not _hits(excluded, _all_names(g), modules)]
-    if not chosen:
-        asked = f" that op_names={list(rule.op_names)} selects" if rule.op_names else ""
-        less = f", excluded_op_names={list(excluded)} left out" if excluded else ""
-        raise ValueError(
-            f"pattern {rule.pattern!r}: no {_WHAT[kind]}{asked}{less} in this "
-            f"{_described(model)}\n{_reasons(found)}"
-        )
-    return tuple(chosen), notes
-
-
-def _hits(entries: Iterable[str], names: Iterable[str], modules: set[str]) -> bool:
-    """Whether an entry means one of the names: exactly where it is a module's whole name, as a
-    regular expression searched in them otherwise."""
-    names = tuple(names)
-    for entry in entries:
-        if entry in modules:
-            if entry in names:
-                return True
-        elif any(re.search(entry, name) for name in names):
-            return True
-    return False
-
-
-def _selectable(group: Group) -> tuple[str, ...]:
-    """The names by which ``op_names`` selects a group: the second linear's, or all of a head's."""
-    return tuple(m.name for m in group.consumers) if group.kind == "ffn" else _all_names(group)
-
-
-def _all_names(group: Group) -> tuple[str, ...]:
-    return tuple(m.name for m in (*group.producers, *group.consumers))
-
-
-def _is_type(model: nn.Module, group: Group, rule: PruningRule) -> bool:
-    classes = type(model.get_submodule(group.consumers[0].name)).__mro__
-    return any(part in c.__name__ for c in classes for part in rule.pruning_op_types)
-
-
-def _described(model: nn.Module) -> str:
-    """The model's class, and a word on the linears of another make that it is built of."""
-    name = type(model).__name__
-    if any(type(m).__name__ == "Conv1D" for m in model.modules()):
-        return f"{name}: its layers are Conv1D (transformers), which are not supported yet"
-    return name
-
-
-def _reasons(found: Discovery) -> str:
-    lines = [f"  refused {r.name}: {r.reason}" for r in found.refused]
-    lines += [f"  found {g.name} ({g.kind}{', model head' if g.is_head else ''})" for g in found]
-    return "\n".join(lines) or "  no linear layers in a row were seen"
+def _refused_zeros(model: nn.Module, found: Discovery) -> list[str]:
+    """Refused linears that read columns which are all zero: somebody wanted those to go."""
+    lines = []
+    for refusal in found.refused:
+        module = model.get_submodule(refusal.name)
+        if isinstance(module, nn.Linear) and bool((module.weight == 0).all(0).any()):
+            lines.append(f"  refused {refusal.name}: {refusal.reason}")
+    return lines
 
 
 def _check_device(model: nn.Module, device: torch.device | str | None) -> None:

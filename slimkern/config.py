@@ -99,7 +99,7 @@ class WeightPruningConfig:
             stripped. The default, kept for compatibility, is refused by ``prepare_pruning``.
         op_names: names or regular expressions (``re.search``) of what is pruned: second linears
             of FFNs, any linear of an attention. An entry that is a module's exact name means that
-            module alone. Not given: everything found but the model's head.
+            module (and what is in it) alone. Not given: everything found but the model's head.
         excluded_op_names: the same, for what is left alone.
         backend: accepted for compatibility; must be ``None``.
         start_step: optimizer step at which the sparsity starts to grow. Default 0, or one

@@ -96,6 +96,7 @@ class Pruning:
 
     Attributes:
         step: completed optimizer steps.
+        optimizer: the optimizer that the steps are counted of, or ``None``.
 
     Raises:
         ValueError: a rule lacks a schedule or an optimizer, or prunes before there are gradients;
@@ -111,13 +112,13 @@ class Pruning:
         notes: Iterable[str] = (),
     ) -> None:
         self.model = model
+        self.optimizer = optimizer = _innermost(optimizer)
         self.step = 0
         self._tracks = [_Track.start(rule, groups) for rule, groups in rules]
         self._notes = tuple(notes)
         self._groups = {g.name: g for t in self._tracks for g in t.groups}
         names = {m.name for g in self._groups.values() for m in scored_members(g)}
         self._weights = {n: model.get_parameter(f"{n}.weight") for n in sorted(names)}
-        optimizer = _innermost(optimizer)
         self._check_optimizer(optimizer)
         self._sizes = {n: _elements(model, g) for n, g in self._groups.items()}
         self._keep = {n: tuple(range(g.num_units)) for n, g in self._groups.items()}

@@ -62,6 +62,7 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
             linear = MaskedLinear.adopt(_linear(model, member))
             index = _spread(keep, member.unit_size, linear.weight.device)
             linear.cols = None if whole else index
+            linear.gather = bool(group.between)
             zero_masked_columns(linear)
         if group.between:
             continue

@@ -26,6 +26,7 @@ LIBRARY = {
     "slimkern.ops",
     "slimkern.cpu",
     "slimkern.auto_slim",
+    "slimkern.targets",
     "slimkern.checkpoint",
     "slimkern.folders",
     "slimkern.skeleton",
@@ -35,13 +36,13 @@ LIBRARY = {
 }
 HF = {"transformers", "accelerate"}
 TRAINING = {*LIBRARY, *HF, "slimkern.training", "rich", "scipy", "pandas", "pyarrow"}
-EVERYTHING = {*TRAINING, "slimkern", "typer", "click", "jinja2", "matplotlib"}
+EVERYTHING = {*TRAINING, "slimkern", "typer", "click", "jinja2", "markupsafe", "matplotlib"}
 
 # The first prefix that fits decides. "slimkern.x" allows the module and all below it.
 ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_registry.py", {"torch"}),
     ("ops/_native.py", {"torch", "slimkern._C"}),
-    ("ops/_tile.py", {"triton"}),
+    ("ops/_tile.py", {"torch", "triton"}),
     ("ops/*/reference.py", {"torch"}),
     ("ops/*/cpu.py", {"torch", "slimkern.ops._native"}),
     ("ops/*/triton.py", {"torch", "triton", "slimkern.ops._tile"}),
@@ -58,9 +59,10 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("pruning.py", {*READERS, "slimkern.criteria", "slimkern.surgery", "slimkern.nn", *REPORTS}),
     ("pruning_report.py", set()),
     ("timing.py", {"torch", "numpy", "slimkern.cpu"}),
+    ("targets.py", {"torch", "slimkern.config", *DATA}),
     ("auto_slim.py", LIBRARY),
     ("checkpoint.py", {*LIBRARY, "transformers"}),
-    ("skeleton.py", {"torch", "transformers"}),
+    ("skeleton.py", {"torch", "huggingface_hub"}),
     ("folders.py", set()),
     ("training/", TRAINING),
     ("cli/", EVERYTHING),

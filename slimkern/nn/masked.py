@@ -17,6 +17,8 @@ class MaskedLinear(nn.Linear):
     Attributes:
         rows: sorted int64 indices of the kept output features, or ``None`` for all.
         cols: sorted int64 indices of the kept input features, or ``None`` for all.
+        gather: the input is complete, and the kept columns are taken from it (where what makes it
+            can't be computed in part).
         backend: an implementation of :func:`slimkern.ops.indexed_linear`, or ``None`` for the
             default.
 
@@ -26,6 +28,7 @@ class MaskedLinear(nn.Linear):
 
     rows: Tensor | None
     cols: Tensor | None
+    gather: bool
     backend: str | None
 
     @classmethod
@@ -40,18 +43,21 @@ class MaskedLinear(nn.Linear):
         linear.__class__ = cls
         linear.register_buffer("rows", None, persistent=False)
         linear.register_buffer("cols", None, persistent=False)
+        linear.gather = False  # type: ignore[assignment]
         linear.backend = None  # type: ignore[assignment]
         return linear  # type: ignore[return-value]
 
     def release(self) -> nn.Linear:
         """The inverse of :meth:`adopt`: a plain ``nn.Linear`` again, weights untouched."""
-        del self._buffers["rows"], self._buffers["cols"], self.backend
+        del self._buffers["rows"], self._buffers["cols"], self.gather, self.backend
         self._non_persistent_buffers_set -= {"rows", "cols"}
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., len(cols)] -> [..., len(rows)]."""
+        if self.gather and self.cols is not None:
+            input = input.index_select(-1, self.cols)
         return indexed_linear(
             input, self.weight, self.bias, self.rows, self.cols, backend=self.backend
         )
