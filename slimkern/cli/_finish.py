@@ -81,7 +81,7 @@ def complete(run: Run, title: str, masked: nn.Module, **described: Any) -> Resul
         )
     ]
     with run.display.stage("time dense against slim") as bar:
-        latency = _latency(dense, slim, checked, bar)
+        latency = _latency(dense, slim, _shapes(run.max_length), checked, bar)
     total = sum(seconds for _, seconds in run.display.stages)
     results: Results = {
         "title": title,
@@ -136,13 +136,22 @@ def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def _shapes(max_length: int) -> list[tuple[int, int]]:
+    """``SHAPES`` with no more tokens than the model was trained for."""
+    return list(dict.fromkeys((batch, min(tokens, max_length)) for batch, tokens in SHAPES))
+
+
 def _latency(
-    dense: nn.Module, slim: nn.Module, checked: str, bar: Callable[[int, int], None]
+    dense: nn.Module,
+    slim: nn.Module,
+    shapes: list[tuple[int, int]],
+    checked: str,
+    bar: Callable[[int, int], None],
 ) -> Latency:
     """Forward times of both models on the same random tokens, in turns."""
     vocabulary = dense.get_input_embeddings().num_embeddings  # type: ignore[operator]
     rows = []
-    for done, shape in enumerate(SHAPES):
+    for done, shape in enumerate(shapes):
         random = torch.Generator().manual_seed(0)
         ids = torch.randint(0, vocabulary, shape, generator=random)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -153,7 +162,7 @@ def _latency(
         rows += timing.latency_table(
             call(dense), call(slim), [shape], check=_same_shape_and_finite, rounds=_ROUNDS
         )
-        bar(done + 1, len(SHAPES))
+        bar(done + 1, len(shapes))
     return {
         "rows": rows,
         "threads": torch.get_num_threads(),

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PrinterCallback,
@@ -123,6 +124,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.tokenizer: Any = None
         self.name = Path(settings.model).name
+        self.max_length = settings.max_length
 
     @property
     def teacher_folder(self) -> Path:
@@ -175,13 +177,16 @@ class Run:
         source = self.settings.teacher or self.settings.model
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise RunError(f"MODEL {source!r}: no tokenizer could be loaded: {error}") from error
+        positions = getattr(config, "max_position_embeddings", self.max_length)
+        self.max_length = min(self.max_length, self.tokenizer.model_max_length, positions)
         with self.display.stage("tokenize") as bar:
             for done, (name, split) in enumerate(self.splits.items()):
                 bar(done, len(self.splits))
                 self.rows[name] = self.task.encode(
-                    split.pairs, self.tokenizer, self.settings.max_length, split.path
+                    split.pairs, self.tokenizer, self.max_length, split.path
                 )
 
     def train_dense(self) -> None:

@@ -54,6 +54,12 @@ def session(threads: int | None, output: Path) -> Iterator[Display]:
         raise typer.Exit(EXIT_ERROR) from None
 
 
+def check_teacher(folder: Path | None) -> None:
+    """Refuse a ``--teacher`` that is no model's folder."""
+    if folder is not None and not (folder / "config.json").is_file():
+        raise typer.BadParameter(f"{folder} is no folder of a model", param_hint="--teacher")
+
+
 def summarize(results: Results, output: Path) -> None:
     """The run's outcome as a table on standard output."""
     console = Console()

@@ -51,8 +51,9 @@ def demo(
     saves, reloads, evaluates dense and slim, times both, and writes report.html. Ctrl-C leaves a
     checkpoint: the same command goes on from there.
     """
-    from slimkern.cli._session import session
+    from slimkern.cli._session import check_teacher, session
 
+    check_teacher(teacher)
     with session(threads, output) as display:
         from slimkern.cli._finish import complete
         from slimkern.cli._run import Run
@@ -162,8 +163,6 @@ def _with_teacher(settings: RunSettings, teacher: Path | None) -> RunSettings:
 
     if teacher is None:
         return settings
-    if not (teacher / "config.json").is_file():
-        raise typer.BadParameter(f"{teacher} holds no model", param_hint="--teacher")
     return replace(settings, teacher=str(teacher), dense=None)
 
 

@@ -129,8 +129,9 @@ def slim(
             "there is nothing to remove; give one of them, or both",
             param_hint="--ffn2-sparsity / --mha-sparsity",
         )
-    from slimkern.cli._session import session
+    from slimkern.cli._session import check_teacher, session
 
+    check_teacher(teacher)
     with session(threads, output) as display:
         from slimkern.cli._finish import complete
         from slimkern.cli._run import Run

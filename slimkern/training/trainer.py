@@ -78,7 +78,7 @@ class TrainingSettings:
             seed=self.seed,
             save_strategy="epoch" if save else "no",
             save_total_limit=1,
-            logging_steps=10,
+            logging_steps=0.01,  # a hundredth of the training
             disable_tqdm=True,
             report_to=[],
             remove_unused_columns=False,
