@@ -35,13 +35,16 @@ def build(kind: Any, config: dict[str, Any], attention: str | None = None) -> nn
     Raises:
         ValueError: the configuration does not describe the class.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
+    wrong = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError)
     try:
         parsed = kind.config_class.from_dict(config)
         if attention in ("eager", "sdpa"):
             parsed._attn_implementation = attention
         with torch.random.fork_rng(devices=[]), _parameters_on_meta():
             model: nn.Module = kind._from_config(parsed)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (*wrong, StrictDataclassError) as error:
         raise ValueError(f"the configuration describes no {kind.__name__}: {error}") from error
     return model
 

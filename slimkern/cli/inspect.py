@@ -143,10 +143,10 @@ def _print(described: dict[str, Any]) -> None:
 
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("group", overflow="fold")
+    table.add_column("group", no_wrap=True)
     table.add_column("layers", overflow="fold")
     table.add_column("units", no_wrap=True)
-    table.add_column("parameters a unit", justify="right")
+    table.add_column("params a unit", justify="right")
     for (pattern, kind, units, unit_size, per_unit, is_head), names in _alike(described).items():
         label = f"{units:,} FFN channels" if kind == "ffn" else f"{units:,} heads of {unit_size}"
         pattern += " (model head)" if is_head else ""
