@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from slimkern.discovery.forward import observe
 from slimkern.discovery.groups import (
     Attribute,
     Between,
@@ -15,8 +16,8 @@ from slimkern.discovery.groups import (
     Refusal,
 )
 from slimkern.discovery.inputs import prepare
+from slimkern.discovery.rehearsal import rehearse
 from slimkern.discovery.resolve import resolve
-from slimkern.discovery.trace import run
 
 __all__ = ["Attribute", "Between", "Discovery", "Group", "Member", "Refusal", "discover"]
 
@@ -53,4 +54,6 @@ def discover(model: nn.Module, example_inputs: Any = None) -> Discovery:
         ValueError: ``example_inputs`` is needed or of a type that is not accepted.
         Exception: whatever the model's forward raises on these inputs.
     """
-    return resolve(model, run(model, prepare(model, example_inputs)))
+    inputs = prepare(model, example_inputs)
+    seen = observe(model, inputs)
+    return rehearse(model, inputs, seen, resolve(model, seen))

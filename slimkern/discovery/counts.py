@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from slimkern.discovery.groups import Attribute
-from slimkern.discovery.trace import Call
+from slimkern.discovery.record import Call
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "nhead", "num_key_value_heads")
 _HEADS_WIDTH = ("all_head_size", "inner_dim", "embed_dim", "attn_dim", "dim")

@@ -9,7 +9,7 @@ from torch import nn
 from slimkern.discovery.axes import Axis, Factor, axes, extent, leaves, mix
 from slimkern.discovery.counts import ffn_attributes, head_attributes
 from slimkern.discovery.groups import Between, Discovery, Group, Member, Refusal
-from slimkern.discovery.trace import Call, Trace
+from slimkern.discovery.record import Call, Trace
 
 Unit = tuple[Factor, ...]
 

@@ -1,0 +1,165 @@
+"""One forward of a model on fake tensors.
+
+Nothing is computed and nothing of the model changes: what modules set on themselves meanwhile
+(flags, caches, counters) is put back afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.nn.modules import module as module_hooks
+
+from slimkern.discovery.inputs import Inputs
+from slimkern.discovery.record import Trace
+from slimkern.discovery.trace import Recorder, Tracer, is_masked
+
+_NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+)
+
+
+def _dense(module: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, module.weight, module.bias)
+
+
+def _masked(module: Any, x: Tensor) -> Tensor:
+    """The output of a masked linear, as to its shape: the kept rows."""
+    rows = module.out_features if module.rows is None else len(module.rows)
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """What modules set on themselves in the meantime is undone; modules are in eval mode."""
+    modules = list(model.modules())
+    states = [dict(m.__dict__) for m in modules]
+    registries = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+    entries = [dict(d) for d in registries]
+    try:
+        for m in modules:
+            m.__dict__["training"] = False
+        yield
+    finally:
+        for m, state in zip(modules, states):
+            m.__dict__.clear()
+            m.__dict__.update(state)
+        for registry, before in zip(registries, entries):
+            now: dict[str, Any] = registry  # type: ignore[assignment]
+            if [*now] != [*before] or any(now[k] is not before[k] for k in before):
+                now.clear()
+                now.update(before)
+
+
+@contextmanager
+def _module_stack(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Keeps the recorder's stack of module names, with hooks that are no part of the model."""
+    names = {id(m): n for n, m in model.named_modules()}
+    thread = threading.get_ident()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread and id(module) in names:
+            recorder.stack.append(names[id(module)])
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() == thread and id(module) in names:
+            recorder.stack.pop()
+
+    before = module_hooks.register_module_forward_pre_hook(enter)
+    after = module_hooks.register_module_forward_hook(leave)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def observe(model: nn.Module, inputs: Inputs) -> Trace:
+    """Trace one forward.
+
+    On fake tensors; where the model's own code needs the values of a tensor (a branch on data),
+    once more on real ones.
+
+    Raises:
+        whatever the model's forward raises on these inputs.
+    """
+    try:
+        return _trace(model, inputs, fake=True)
+    except _NEEDS_VALUES:
+        return _trace(model, inputs, fake=False)
+
+
+def _trace(model: nn.Module, inputs: Inputs, *, fake: bool) -> Trace:
+    tracer = Tracer(model)
+    tracer.trace.fake = fake
+    plain = {
+        call.name: partial(_masked if is_masked(call.module) else _dense, call.module)
+        for call in tracer.trace.linears.values()
+        if call.name not in tracer.trace.foreign
+    }
+    return tracer.finish(forward(model, inputs, tracer, plain, fake=fake))
+
+
+def forward(
+    model: nn.Module,
+    inputs: Inputs,
+    recorder: Recorder,
+    linears: Mapping[str, Callable[[Tensor], Tensor]],
+    *,
+    fake: bool,
+    change: Callable[[], None] = lambda: None,
+) -> Any:
+    """Run one forward under ``recorder`` and leave the model as it was.
+
+    Args:
+        model: in whatever mode; it runs in eval mode.
+        inputs: the arguments.
+        recorder: sees every operation.
+        linears: by name, what stands in for the forward of a linear.
+        fake: on fake tensors.
+        change: called before the forward; what it sets on modules is undone too.
+
+    Returns:
+        what the model returns.
+
+    Raises:
+        whatever the model's forward raises.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    buffers = [] if fake else [(b, b.clone()) for b in model.buffers()]
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            args, kwargs = inputs.materialize(mode)
+            recorder.begin((args, kwargs))
+            stack.enter_context(_restored(model))
+            stack.enter_context(_module_stack(model, recorder))
+            if mode is not None:
+                stack.enter_context(mode)
+            change()
+            for name, run in linears.items():
+                module = model.get_submodule(name)
+                module.__dict__["forward"] = partial(recorder.linear, name, run)
+            stack.enter_context(recorder)
+            return model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
