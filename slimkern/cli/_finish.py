@@ -13,7 +13,8 @@ from torch import nn
 
 import slimkern
 from slimkern import timing
-from slimkern.cli._run import Run, RunError
+from slimkern.cli._run import Run
+from slimkern.cli._run_folder import RunError
 from slimkern.plan import SlimPlan
 from slimkern.report import write_report
 from slimkern.report.schema import Latency, Results, Size, layer_widths

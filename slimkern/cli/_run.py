@@ -7,11 +7,9 @@ The folder of a run holds ``run.json`` (what was asked), ``teacher/`` (the dense
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,79 +19,31 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from slimkern.cli._display import Bar, Display
+from slimkern.cli._display import Display
+from slimkern.cli._progress import ShowProgress
+from slimkern.cli._run_folder import (
+    InterruptedRunError,
+    RunError,
+    RunSettings,
+    Split,
+    open_folder,
+)
 from slimkern.training import (
-    DistillationWeights,
     DistillTrainer,
     KeepBest,
     SlimCallback,
     StopOnInterrupt,
     Task,
     Teacher,
-    TrainingSettings,
     disable_dropout,
     predict,
 )
-from slimkern.training.data import Pair
 from slimkern.training.evaluation import accuracy, spearman
 from slimkern.training.rows import EncodedRows
-
-
-class InterruptedRunError(Exception):
-    """The user pressed Ctrl-C; a checkpoint has been saved."""
-
-
-class RunError(RuntimeError):
-    """A run can't go on; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows of one file."""
-
-    name: str
-    path: str
-    pairs: list[Pair] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Everything that decides a run's result, beside its data.
-
-    Attributes:
-        model: folder or hub name of the dense model.
-        task: ``embeddings``, ``regression`` or ``classification``.
-        ffn2_sparsity, mha_sparsity: fractions of FFN channels and heads to remove.
-        dense: how the dense teacher is trained; ``None``: it is used as it is.
-        slim: how the masked model is trained.
-        weights: of the distillation.
-        teacher: folder of a dense teacher that is there already.
-        warm_epochs, cooldown_epochs: before the sparsity grows, and after.
-        pruning: further keys of ``WeightPruningConfig``.
-        patience: epochs without improvement on the evaluation file after which training stops.
-        max_length: tokens per sequence.
-    """
-
-    model: str
-    task: str
-    ffn2_sparsity: float
-    mha_sparsity: float
-    dense: TrainingSettings | None
-    slim: TrainingSettings
-    weights: DistillationWeights
-    teacher: str | None = None
-    warm_epochs: float | None = None
-    cooldown_epochs: float | None = None
-    pruning: dict[str, Any] = field(default_factory=dict)
-    patience: int | None = None
-    max_length: int = 128
 
 
 class Run:
@@ -140,37 +90,9 @@ class Run:
         """Open the folder: a new run, or one that was interrupted and asked for the same.
 
         Raises:
-            RunError: the folder holds a run of other settings, a finished one, or foreign files.
+            RunError: as :func:`slimkern.cli._run_folder.open_folder`.
         """
-        description = {
-            "settings": asdict(self.settings),
-            "data": {s.name: {"path": s.path, "rows": len(s.pairs)} for s in self.splits.values()},
-        }
-        asked = json.loads(json.dumps(description))
-        path = self.folder / "run.json"
-        if overwrite and path.is_file():
-            _clear(self.folder)
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            differing = sorted(_differences(found, asked))
-            if differing:
-                raise RunError(
-                    f"--output {self.folder} holds a run with other settings "
-                    f"({', '.join(differing)}); give another folder, or --overwrite to start anew"
-                )
-            if (self.folder / "report.html").is_file():
-                raise RunError(
-                    f"--output {self.folder} holds this run, finished; see its report.html, "
-                    f"or give --overwrite to run it again"
-                )
-            self.display.line(f"going on with the run in {self.folder}")
-            return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise RunError(f"--output {self.folder} is not empty and holds no run; give another")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(asked, indent=1), encoding="utf-8")
-        os.replace(scratch, path)
+        open_folder(self.folder, self.settings, self.splits, self.display, overwrite)
 
     def encode(self) -> None:
         """Tokenize every split once."""
@@ -300,61 +222,11 @@ class Run:
         with self.display.stage(name) as bar, StopOnInterrupt(self.display.line) as stop:
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(stop)
-            trainer.add_callback(_ShowProgress(bar, self.display, self.task.statistics[-1]))
+            trainer.add_callback(ShowProgress(bar, self.display, self.task.statistics[-1]))
             trainer.train(resume_from_checkpoint=last)
         if stop.requested and trainer.state.global_step < trainer.state.max_steps:
             raise InterruptedRunError
         best.restore(model)
-
-
-class _ShowProgress(TrainerCallback):
-    """Moves a stage's bar with the optimizer's steps, and says what the training does."""
-
-    def __init__(self, bar: Bar, display: Display, statistic: str) -> None:
-        self.bar = bar
-        self.display = display
-        self.statistic = statistic
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar(state.global_step, state.max_steps)
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        shown = [("loss", "loss", "{:.4f}"), ("ffn_sparsity", "FFN", "-{:.0%}")]
-        shown.append(("mha_sparsity", "heads", "-{:.0%}"))
-        logs = state.log_history[-1]
-        self.bar.say("  ".join(f"{t} {f.format(logs[k])}" for k, t, f in shown if k in logs))
-
-    def on_epoch_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        scored = state.log_history[-1] if state.log_history else {}
-        if "score" in scored and scored["step"] == state.global_step:
-            epoch = scored["epoch"]
-            self.display.line(f"  epoch {epoch:g}: dev {self.statistic} {scored['score']:.4f}")
-
-
-def _differences(found: Any, asked: Any, path: str = "") -> list[str]:
-    """Dotted names of what differs."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        keys = sorted(set(found) | set(asked))
-        return [
-            d
-            for k in keys
-            for d in _differences(found.get(k), asked.get(k), f"{path}.{k}" if path else k)
-        ]
-    return [] if found == asked else [path]
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a run has written, and nothing else."""
-    for name in ("teacher", "teacher.part", "training", "slim", "report_files"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("run.json", "results.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _copy_pooling(source: Path, target: Path) -> None:

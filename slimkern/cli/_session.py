@@ -40,7 +40,7 @@ def session(threads: int | None, output: Path) -> Iterator[Display]:
     if threads is not None:
         torch.set_num_threads(threads)
 
-    from slimkern.cli._run import InterruptedRunError, RunError
+    from slimkern.cli._run_folder import InterruptedRunError, RunError
     from slimkern.cli.fetch import FetchError
     from slimkern.training.data import DataError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from slimkern.cli._run import RunSettings, Split
+    from slimkern.cli._run_folder import RunSettings, Split
 
 FFN_SPARSITY, MHA_SPARSITY = 0.8, 0.6
 
@@ -93,7 +93,7 @@ def demo(
 
 def _bi_encoder(model: Path, full: bool, seed: int) -> RunSettings:
     """Sentence embeddings, what this model is for."""
-    from slimkern.cli._run import RunSettings
+    from slimkern.cli._run_folder import RunSettings
     from slimkern.training import DistillationWeights, TrainingSettings
 
     epochs = 10 if full else 4
@@ -123,7 +123,7 @@ def _cross_encoder(model: Path, full: bool, seed: int) -> RunSettings:
     Batch 16, 13 epochs, 1 warm and 3 to recover, AdamW betas (0.9, 0.9), hidden states as the only
     loss, weighted 2. The learning rates are this smaller model's own.
     """
-    from slimkern.cli._run import RunSettings
+    from slimkern.cli._run_folder import RunSettings
     from slimkern.training import DistillationWeights, TrainingSettings
 
     epochs = 13 if full else 3
@@ -167,7 +167,7 @@ def _with_teacher(settings: RunSettings, teacher: Path | None) -> RunSettings:
 
 
 def _split(name: str, path: Path) -> Split:
-    from slimkern.cli._run import Split
+    from slimkern.cli._run_folder import Split
     from slimkern.cli.fetch import read_stsb
     from slimkern.training.data import Pair
 

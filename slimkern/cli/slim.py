@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from slimkern.cli._display import Display
-    from slimkern.cli._run import RunSettings, Split
+    from slimkern.cli._run_folder import RunSettings, Split
     from slimkern.training import Task
     from slimkern.training.data import Pair
 
@@ -112,6 +112,9 @@ def slim(
         int | None, typer.Option(min=1, help="Optimizer steps between two cuts.")
     ] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-7,
+    beta2: Annotated[
+        float, typer.Option(min=0, max=0.9999, help="Of AdamW; the reference recipe has 0.9.")
+    ] = 0.999,
     threads: Annotated[int | None, typer.Option(min=1, help="PyTorch threads.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
@@ -162,7 +165,7 @@ def slim(
 
 
 def _read_splits(paths: dict[str, Path | None], columns: Any) -> dict[str, Split]:
-    from slimkern.cli._run import Split
+    from slimkern.cli._run_folder import Split
     from slimkern.training.data import read_pairs
 
     given = {name: path for name, path in paths.items() if path is not None}
@@ -228,13 +231,13 @@ def _build_task(
 
 def _settings(built: Task, given: dict[str, Any]) -> RunSettings:
     """The run's settings from the command's options, by the names of ``slim``'s parameters."""
-    from slimkern.cli._run import RunSettings
+    from slimkern.cli._run_folder import RunSettings
     from slimkern.training import TrainingSettings
 
     epochs, seed, size = given["epochs"], given["seed"], given["batch_size"]
     dense_epochs = given["dense_epochs"] or (1.0 if built.name == "embeddings" else 3.0)
     common: dict[str, Any] = {"batch_size": size, "seed": seed}
-    common["weight_decay"] = given["weight_decay"]
+    common |= {"weight_decay": given["weight_decay"], "betas": (0.9, given["beta2"])}
     train_dense = given["finetune"] and given["teacher"] is None
     dense = TrainingSettings(dense_epochs, given["dense_lr"], **common) if train_dense else None
     cooldown = given["cooldown_epochs"]

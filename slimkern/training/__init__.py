@@ -5,7 +5,8 @@ from __future__ import annotations
 from slimkern.training.callback import SlimCallback
 from slimkern.training.callbacks import KeepBest, StopOnInterrupt
 from slimkern.training.distillation import DistillationWeights
-from slimkern.training.tasks import ClassificationTask, EmbeddingTask, RegressionTask, Task
+from slimkern.training.task import Task
+from slimkern.training.tasks import ClassificationTask, EmbeddingTask, RegressionTask
 from slimkern.training.teacher import Teacher
 from slimkern.training.trainer import DistillTrainer, TrainingSettings, disable_dropout, predict
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkern.training.rows import EncodedRows
-from slimkern.training.tasks import Batch, Outputs, Task
+from slimkern.training.task import Batch, Outputs, Task
 
 DEFAULT_MEMORY = 4 * 2**30
 Progress = Callable[[int, int], None]

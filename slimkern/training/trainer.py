@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from slimkern.training.distillation import DistillationWeights
 from slimkern.training.rows import EncodedRows, LengthGroupedSampler
-from slimkern.training.tasks import Task
+from slimkern.training.task import Task
 from slimkern.training.teacher import Teacher
 
 SCHEDULES = ("linear", "cosine", "constant")
