@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from slimkern.ops import indexed_linear
+from slimkern.ops.indexed_linear import indexed_linear
 
 
 class MaskedLinear(nn.Linear):

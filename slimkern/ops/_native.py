@@ -15,7 +15,7 @@ from torch import Tensor
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
 
 try:
-    from slimkern import _C
+    import slimkern._C as _C
 except ImportError as error:
     raise ImportError(
         f"slimkern's C++ module slimkern._C is missing or broken ({error}); build it in the "
