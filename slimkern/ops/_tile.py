@@ -1,44 +1,20 @@
-"""Shared Triton helpers: address arithmetic and masked tiles on the device, tile choice on the host.
+"""Shared Triton helpers: addresses and masked tiles on the device, choice of tiles on the host.
 
-Everything an op's ``triton.py`` has in common with the next op's lives here, and nothing that knows
-an op. Offsets are int64 throughout: a token offset times a row stride passes 2**31 long before a
-GPU's memory is full.
+Everything an op's ``triton.py`` has in common with the next op's, and nothing that knows an op.
+Offsets are int64 throughout: a token's offset times a row stride passes 2**31 long before a GPU's
+memory is full.
 """
+
+# mypy: disable-error-code="no-untyped-def"
+# Device code has no Python types: its arguments are pointers, tensors or constants by turns.
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-
-__all__ = [
-    "INTERPRETED",
-    "Tile",
-    "alignment",
-    "bucket",
-    "check_tensors",
-    "choose_tile",
-    "device_of",
-    "dot",
-    "gather_index",
-    "input_precision",
-    "launch_options",
-    "load_tile",
-    "offsets",
-    "splits",
-    "store_tile",
-    "swizzle",
-    "with_alignment",
-]
-
-SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-# ---- device side -------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -105,9 +81,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-# ---- host side ---------------------------------------------------------------------------------
-
-
 class Tile(NamedTuple):
     """One configuration of a tiled kernel: an ``a x b`` output tile, reduced ``k`` at a time."""
 
@@ -164,64 +137,10 @@ def alignment(*sizes: int) -> int:
     return align
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """Triton's name for the float32 matmul precision that PyTorch's own settings ask for.
-
-    ``tf32`` only where ``torch.set_float32_matmul_precision`` or ``torch.backends`` allows it, and
-    ``ieee`` otherwise. On AMD GPUs always ``ieee``: their matrix units multiply float32 natively.
-    """
-    if dtype is not torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    # `allow_tf32` raises once a user has mixed the two settings; `fp32_precision` never does, but
-    # only newer releases of torch have it.
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
-
-
-def launch_options(tile: Tile) -> dict[str, int]:
-    """``num_warps`` and ``num_stages`` for a launch.
+def launch_options(tile: Tile, on_amd: bool) -> dict[str, int]:
+    """``num_warps`` and ``num_stages`` of a launch.
 
     An AMD compute unit has 64 KiB of local memory, so its pipeline is two stages deep.
     """
-    stages = tile.stages if torch.version.hip is None else min(tile.stages, 2)
+    stages = min(tile.stages, 2) if on_amd else tile.stages
     return {"num_warps": tile.warps, "num_stages": stages}
-
-
-def check_tensors(op: str, **tensors: torch.Tensor) -> None:
-    """Says what a kernel would otherwise turn into a crash or into wrong numbers.
-
-    Raises:
-        TypeError: a dtype other than float32, float16 or bfloat16, or several of them.
-        ValueError: tensors that no Triton kernel can reach from here, or on several devices.
-    """
-    first_name, first = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if tensor.dtype not in SUPPORTED_DTYPES:
-            raise TypeError(
-                f"{op}: {name} is {tensor.dtype}; the Triton kernels take float32, float16 and "
-                f"bfloat16"
-            )
-        if tensor.dtype != first.dtype:
-            raise TypeError(
-                f"{op}: {name} is {tensor.dtype} and {first_name} is {first.dtype}; both must have "
-                f"one dtype"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device} and {first_name} on {first.device}; both must "
-                f"be on one device"
-            )
-    if first.device.type != "cuda" and not INTERPRETED.value:
-        raise ValueError(
-            f"{op}: {first_name} is on {first.device}; the Triton kernels need a GPU (or Triton's "
-            f"interpreter, which TRITON_INTERPRET=1 turns on when set before the first import)"
-        )
-
-
-def device_of(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one: Triton launches on the current device."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    return nullcontext()

@@ -6,22 +6,23 @@ Every output element is one program's sum, or a fixed-order sum of slices: no at
 are the same from run to run.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Device code has no Python types: its arguments are pointers, tensors or constants by turns.
+
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .._tile import (
+from slimkern.ops._tile import (
     Tile,
     alignment,
     bucket,
-    check_tensors,
     choose_tile,
-    device_of,
     dot,
     gather_index,
-    input_precision,
     launch_options,
     load_tile,
     offsets,
@@ -30,8 +31,6 @@ from .._tile import (
     swizzle,
     with_alignment,
 )
-
-__all__ = ["indexed_linear_db", "indexed_linear_dw", "indexed_linear_dx", "indexed_linear_fwd"]
 
 
 @triton.jit
@@ -204,213 +203,204 @@ def _indexed_linear_bwd_reduce_kernel(
 _HALF_TILES = (
     Tile(128, 128, 64, warps=8, stages=3),
     Tile(128, 64, 64, warps=4, stages=3),
-    Tile(64, 64, 64, warps=4, stages=4),
-    Tile(32, 64, 64, warps=4, stages=4),
-    Tile(16, 64, 64, warps=4, stages=4),
+    Tile(64, 64, 32, warps=4, stages=3),
+    Tile(16, 64, 32, warps=4, stages=3),
 )
+# Gathered columns and odd widths are loaded element by element, each with its own address: tiles
+# must be smaller to stay in registers.
+_NARROW_TILES = (
+    Tile(128, 64, 32, warps=8, stages=3),
+    Tile(64, 64, 32, warps=8, stages=3),
+    Tile(16, 64, 32, warps=4, stages=3),
+)
+# Full-precision float32 has no matrix unit on NVIDIA GPUs; one thread holds a slice of operands.
 _FLOAT_TILES = (
     Tile(64, 64, 16, warps=4, stages=3),
     Tile(32, 64, 16, warps=4, stages=3),
     Tile(16, 64, 16, warps=4, stages=3),
 )
-_GROUP = 8  # rows of tiles per group of the swizzle
 _SUM_TILE = Tile(32, 64, 1, warps=4, stages=2)  # of the bias gradient and of the slices' sum
+_GROUP = 8  # rows of tiles per group of the swizzle
+_ON_AMD = torch.version.hip is not None
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
-    return _FLOAT_TILES if dtype is torch.float32 else _HALF_TILES
-
-
-def indexed_linear_fwd(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    cols: torch.Tensor | None,
-) -> torch.Tensor:
-    """``y = x @ W[rows][:, cols]^T + b[rows]``.
-
-    Args:
-        x: ``[M, C]``, any strides.
-        weight: ``[N, K]``, any strides.
-        bias: ``[N]`` or None.
-        rows, cols: sorted unique int64 positions of the kept rows and columns, or None for all.
-
-    Returns:
-        ``[M, R]``, contiguous.
+def _tiles(like: Tensor, align: int, gathers_columns: bool) -> tuple[Tile, ...]:
+    """The configurations for operands of a dtype, an alignment and a way of loading.
 
     Raises:
-        TypeError, ValueError: see ``check_tensors``.
+        TypeError: a dtype these kernels do not compute in.
     """
-    given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
-    check_tensors("indexed_linear_fwd", **given)
-    M, C = x.shape
-    R = weight.shape[0] if rows is None else rows.numel()
-    y = torch.empty((M, R), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    tile = choose_tile(_tiles(x.dtype), bucket(M), R)
-    with device_of(x):
-        _indexed_linear_fwd_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(R, tile.b),)](
-            x, weight, bias, rows, cols, y,
-            M, R, C,
-            *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0), y.stride(0),
-            HAS_ROWS=rows is not None, HAS_COLS=cols is not None, HAS_BIAS=bias is not None,
-            ALIGN=alignment(R, C, x.stride(0), weight.stride(0), y.stride(0)),
-            PRECISION=input_precision(x.dtype),
-            BLOCK_M=tile.a, BLOCK_R=tile.b, BLOCK_C=tile.k, GROUP=_GROUP,
-            **launch_options(tile),
-        )  # fmt: skip
-    return y
+    if like.dtype not in _DTYPES:
+        accepted = ", ".join(map(str, _DTYPES))
+        raise TypeError(f"x has dtype {like.dtype}; backend 'triton' accepts {accepted}")
+    if like.dtype == torch.float32:
+        return _FLOAT_TILES
+    return _NARROW_TILES if gathers_columns or align < 4 else _HALF_TILES
 
 
-def indexed_linear_dx(
-    grad_y: torch.Tensor,
-    weight: torch.Tensor,
-    rows: torch.Tensor | None,
-    cols: torch.Tensor | None,
-) -> torch.Tensor:
-    """``grad_x = grad_y @ W[rows][:, cols]``.
+def _precision(dtype: torch.dtype) -> str:
+    """Triton's name for the float32 matmul precision that PyTorch's own settings ask for.
 
-    Args:
-        grad_y: ``[M, R]``, any strides.
-        weight, rows, cols: as in the forward.
-
-    Returns:
-        ``[M, C]``, contiguous.
-
-    Raises:
-        TypeError, ValueError: see ``check_tensors``.
+    ``tf32`` only where ``torch.set_float32_matmul_precision`` or ``torch.backends`` allows it, and
+    ``ieee`` otherwise. On AMD GPUs always ``ieee``: their matrix units multiply float32 natively.
     """
-    check_tensors("indexed_linear_dx", grad_y=grad_y, weight=weight)
-    M, R = grad_y.shape
-    C = weight.shape[1] if cols is None else cols.numel()
-    grad_x = torch.empty((M, C), dtype=grad_y.dtype, device=grad_y.device)
-    if grad_x.numel() == 0:
-        return grad_x
-    tile = choose_tile(_tiles(grad_y.dtype), bucket(M), C)
-    with device_of(grad_y):
-        _indexed_linear_bwd_dx_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(C, tile.b),)](
-            grad_y, weight, rows, cols, grad_x,
-            M, R, C,
-            *grad_y.stride(), *weight.stride(), grad_x.stride(0),
-            HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
-            ALIGN=alignment(R, C, grad_y.stride(0), weight.stride(0), grad_x.stride(0)),
-            PRECISION=input_precision(grad_y.dtype),
-            BLOCK_M=tile.a, BLOCK_C=tile.b, BLOCK_R=tile.k, GROUP=_GROUP,
-            **launch_options(tile),
-        )  # fmt: skip
-    return grad_x
+    if dtype != torch.float32 or _ON_AMD:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # `allow_tf32` may raise once a user has mixed the two settings; `fp32_precision` never does,
+    # but only newer releases of torch have it.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
-def _full_size(shape: tuple[int, ...], whole: bool, like: torch.Tensor) -> torch.Tensor:
+def _contiguous(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.contiguous()
+
+
+def _zeros_unless(whole: bool, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """A gradient's memory: zeros, unless every entry is going to be written."""
     make = torch.empty if whole else torch.zeros
     return make(shape, dtype=like.dtype, device=like.device)
 
 
-def _reduce(
-    part: torch.Tensor,
-    rows: torch.Tensor | None,
-    cols: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """Adds the slices ``part [S, R, C]`` into rows and columns of ``out [N, K]``."""
+def indexed_linear_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None
+) -> Tensor:
+    """y = x @ W[rows][:, cols]ᵀ + b[rows]: x [M, C] -> y [M, R], any strides.
+
+    Raises:
+        TypeError: a dtype other than float32, float16 or bfloat16.
+    """
+    rows, cols = _contiguous(rows), _contiguous(cols)
+    M, C = x.shape
+    R = weight.shape[0] if rows is None else rows.shape[0]
+    y = torch.empty((M, R), dtype=x.dtype, device=x.device)
+    align = alignment(R, C, x.stride(0), weight.stride(0), y.stride(0))
+    tile = choose_tile(_tiles(x, align, cols is not None), bucket(M), R)
+    if y.numel() == 0:
+        return y
+    with torch.cuda.device_of(x):
+        _indexed_linear_fwd_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(R, tile.b),)](
+            x, weight, bias, rows, cols, y,
+            M, R, C,
+            *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0), y.stride(0),
+            HAS_ROWS=rows is not None, HAS_COLS=cols is not None, HAS_BIAS=bias is not None,
+            ALIGN=align, PRECISION=_precision(x.dtype),
+            BLOCK_M=tile.a, BLOCK_R=tile.b, BLOCK_C=tile.k, GROUP=_GROUP,
+            **launch_options(tile, _ON_AMD),
+        )  # fmt: skip
+    return y
+
+
+def indexed_linear_dx(
+    grad_y: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None
+) -> Tensor:
+    """dx = dy @ W[rows][:, cols]: dy [M, R] -> dx [M, C], any strides.
+
+    Raises:
+        TypeError: a dtype other than float32, float16 or bfloat16.
+    """
+    rows, cols = _contiguous(rows), _contiguous(cols)
+    M, R = grad_y.shape
+    C = weight.shape[1] if cols is None else cols.shape[0]
+    grad_x = torch.empty((M, C), dtype=grad_y.dtype, device=grad_y.device)
+    align = alignment(R, C, grad_y.stride(0), weight.stride(0), grad_x.stride(0))
+    tile = choose_tile(_tiles(grad_y, align, cols is not None), bucket(M), C)
+    if grad_x.numel() == 0:
+        return grad_x
+    with torch.cuda.device_of(grad_y):
+        _indexed_linear_bwd_dx_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(C, tile.b),)](
+            grad_y, weight, rows, cols, grad_x,
+            M, R, C,
+            *grad_y.stride(), *weight.stride(), grad_x.stride(0),
+            HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
+            ALIGN=align, PRECISION=_precision(grad_y.dtype),
+            BLOCK_M=tile.a, BLOCK_C=tile.b, BLOCK_R=tile.k, GROUP=_GROUP,
+            **launch_options(tile, _ON_AMD),
+        )  # fmt: skip
+    return grad_x
+
+
+def _reduce(part: Tensor, rows: Tensor | None, cols: Tensor | None, out: Tensor) -> None:
+    """Adds the slices part [S, R, C], in their order, into rows and columns of out [N, K]."""
     S, R, C = part.shape
     block_c = min(_SUM_TILE.b, bucket(C))
     _indexed_linear_bwd_reduce_kernel[(triton.cdiv(R, _SUM_TILE.a), triton.cdiv(C, block_c))](
         part, rows, cols, out,
         S, R, C, out.stride(0),
         HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
-        ALIGN=alignment(R, C, out.stride(0)),
-        BLOCK_R=_SUM_TILE.a, BLOCK_C=block_c,
-        **launch_options(_SUM_TILE),
+        ALIGN=alignment(R, C, out.stride(0)), BLOCK_R=_SUM_TILE.a, BLOCK_C=block_c,
+        **launch_options(_SUM_TILE, _ON_AMD),
     )  # fmt: skip
 
 
 def indexed_linear_dw(
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    rows: torch.Tensor | None,
-    cols: torch.Tensor | None,
-    N: int,
-    K: int,
-) -> torch.Tensor:
-    """``grad_W[rows][:, cols] = grad_y^T @ x``, zero elsewhere.
+    grad_y: Tensor, x: Tensor, rows: Tensor | None, cols: Tensor | None, N: int, K: int
+) -> Tensor:
+    """dW[rows[r], cols[c]] = (dyᵀ x)[r, c], zero elsewhere: dy [M, R], x [M, C] -> [N, K].
 
-    Args:
-        grad_y: ``[M, R]``, any strides.
-        x: ``[M, C]``, any strides.
-        rows, cols: as in the forward.
-        N, K: sizes of the full weight.
-
-    Returns:
-        ``[N, K]``, contiguous.
+    Where the kept part has few tiles, the tokens are cut into slices that are summed afterwards.
 
     Raises:
-        TypeError, ValueError: see ``check_tensors``.
+        TypeError: a dtype other than float32, float16 or bfloat16.
     """
-    check_tensors("indexed_linear_dw", grad_y=grad_y, x=x)
+    rows, cols = _contiguous(rows), _contiguous(cols)
     (M, R), C = grad_y.shape, x.shape[1]
-    grad_w = _full_size((N, K), rows is None and cols is None, grad_y)
+    grad_w = _zeros_unless(rows is None and cols is None, (N, K), x)
+    align = alignment(R, C, grad_y.stride(0), x.stride(0), K)
+    tiles = _tiles(x, align, gathers_columns=False)
     if R == 0 or C == 0:
         return grad_w
-    steps = triton.cdiv(bucket(M), _tiles(x.dtype)[0].k)
-    tile = choose_tile(_tiles(x.dtype), R, C, slices=splits(1, steps))
-    programs = triton.cdiv(R, tile.a) * triton.cdiv(C, tile.b)
-    S = splits(programs, triton.cdiv(M, tile.k))
-    chunk = triton.cdiv(triton.cdiv(M, tile.k), S) * tile.k
-    part = grad_w
-    if S > 1:
-        part = torch.empty((S, R, C), dtype=torch.float32, device=x.device)
-    with device_of(x):
+    tile = choose_tile(tiles, R, C, slices=splits(1, triton.cdiv(bucket(M), tiles[0].k)))
+    programs, steps = triton.cdiv(R, tile.a) * triton.cdiv(C, tile.b), triton.cdiv(M, tile.k)
+    S = splits(programs, steps)
+    sliced = S > 1
+    shape = (S, R, C)
+    part = torch.empty(shape, dtype=torch.float32, device=x.device) if sliced else grad_w[None]
+    with torch.cuda.device_of(x):
         _indexed_linear_bwd_dw_kernel[(programs, S)](
             grad_y, x, rows, cols, part,
-            M, R, C, chunk,
-            *grad_y.stride(), *x.stride(), part.stride(0), part.stride(-2),
-            HAS_ROWS=S == 1 and rows is not None, HAS_COLS=S == 1 and cols is not None,
-            ALIGN=alignment(R, C, grad_y.stride(0), x.stride(0), part.stride(-2)),
-            PRECISION=input_precision(x.dtype),
+            M, R, C, triton.cdiv(steps, S) * tile.k,
+            *grad_y.stride(), *x.stride(), *part.stride()[:2],
+            HAS_ROWS=rows is not None and not sliced, HAS_COLS=cols is not None and not sliced,
+            ALIGN=align, PRECISION=_precision(x.dtype),
             BLOCK_R=tile.a, BLOCK_C=tile.b, BLOCK_M=tile.k, GROUP=_GROUP,
-            **launch_options(tile),
+            **launch_options(tile, _ON_AMD),
         )  # fmt: skip
-        if S > 1:
+        if sliced:
             _reduce(part, rows, cols, grad_w)
     return grad_w
 
 
-def indexed_linear_db(grad_y: torch.Tensor, rows: torch.Tensor | None, N: int) -> torch.Tensor:
-    """``grad_b[rows] = sum of grad_y over tokens``, zero elsewhere.
-
-    Args:
-        grad_y: ``[M, R]``, any strides.
-        rows: as in the forward.
-        N: size of the full bias.
-
-    Returns:
-        ``[N]``.
+def indexed_linear_db(grad_y: Tensor, rows: Tensor | None, N: int) -> Tensor:
+    """db[rows] = sum of dy over tokens, zero elsewhere: dy [M, R] -> [N].
 
     Raises:
-        TypeError, ValueError: see ``check_tensors``.
+        TypeError: a dtype other than float32, float16 or bfloat16.
     """
-    check_tensors("indexed_linear_db", grad_y=grad_y)
+    rows = _contiguous(rows)
     M, R = grad_y.shape
-    grad_b = _full_size((N,), rows is None, grad_y)
+    grad_b = _zeros_unless(rows is None, (N,), grad_y)
+    align = alignment(R, grad_y.stride(0))
+    _tiles(grad_y, align, gathers_columns=False)
     if R == 0:
         return grad_b
-    tile = _SUM_TILE
-    programs, steps = triton.cdiv(R, tile.b), triton.cdiv(M, tile.a)
+    programs, steps = triton.cdiv(R, _SUM_TILE.b), triton.cdiv(M, _SUM_TILE.a)
     S = splits(programs, steps)
-    part = grad_b if S == 1 else torch.empty((S, R), dtype=torch.float32, device=grad_y.device)
-    with device_of(grad_y):
+    sliced = S > 1
+    device = grad_y.device
+    part = torch.empty((S, R), dtype=torch.float32, device=device) if sliced else grad_b[None]
+    with torch.cuda.device_of(grad_y):
         _indexed_linear_bwd_db_kernel[(programs, S)](
             grad_y, rows, part,
-            M, R, triton.cdiv(steps, S) * tile.a,
+            M, R, triton.cdiv(steps, S) * _SUM_TILE.a,
             *grad_y.stride(), part.stride(0),
-            HAS_ROWS=S == 1 and rows is not None, ALIGN=alignment(R, grad_y.stride(0)),
-            BLOCK_M=tile.a, BLOCK_R=tile.b,
-            **launch_options(tile),
+            HAS_ROWS=rows is not None and not sliced, ALIGN=align,
+            BLOCK_M=_SUM_TILE.a, BLOCK_R=_SUM_TILE.b,
+            **launch_options(_SUM_TILE, _ON_AMD),
         )  # fmt: skip
-        if S > 1:
+        if sliced:
             _reduce(part[:, :, None], rows, None, grad_b[:, None])
     return grad_b
