@@ -434,7 +434,7 @@ def test_a_wrapped_optimizer_is_unwrapped():
 
 def test_gradients_that_never_came_or_are_not_finite_stop_the_run():
     model = make()
-    pruning, optimizer = start(model, rule(end_step=1))
+    _pruning, optimizer = start(model, rule(end_step=1))
     with pytest.raises(RuntimeError, match=r"0\.fc2: no gradient has reached its weights"):
         optimizer.step()
     model = make()
