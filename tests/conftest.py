@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+# Triton reads this when a kernel is decorated, so before the first import of one. Without a GPU the
+# interpreter is the only way to run a kernel.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +22,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """The folder of all-MiniLM-L6-v2, real weights: in the user's cache, or downloaded once."""
+    from slimkern.cli.fetch import fetch_demo_files
+
+    return fetch_demo_files().model_dir
