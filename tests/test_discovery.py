@@ -7,9 +7,10 @@ import time
 import pytest
 import tiny_models as tm
 import torch
+from exactness import assert_deletion_is_exact, first_output
 from torch import nn
 
-from slimkern.discovery import Group, discover
+from slimkern.discovery import discover
 
 ATTENTION = {name: ("eager",) if name == "mpnet" else ("eager", "sdpa") for name in tm.FAMILIES}
 CASES = [
@@ -117,10 +118,10 @@ def test_ffn_width_of_its_own_module():
 def test_a_large_model_takes_under_three_seconds():
     model = tm.FAMILIES["bert"]("ForSequenceClassification", num_hidden_layers=24)
     discover(tm.FAMILIES["bert"]())  # imports and caches of the first call are not the model's
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock: other tests may share the cores
     found = discover(model)
     assert len(found) == 49
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_meta_device_model():
@@ -130,68 +131,7 @@ def test_meta_device_model():
     assert [g.name for g in found] == ["2"]
 
 
-# ----------------------------------------------------------------- the theorem, by plain slicing
-
-
-def zero_units(model: nn.Module, group: Group, dead: list[int]) -> None:
-    """Zero the columns of ``dead`` units in the group's second linears."""
-    for member in group.consumers:
-        weight = model.get_submodule(member.name).weight.data
-        weight.unflatten(1, (-1, member.unit_size))[:, dead] = 0
-
-
-def delete_units(model: nn.Module, group: Group, dead: list[int]) -> None:
-    """Slice ``dead`` units out of everything that the group names; independent of surgery."""
-    keep = [u for u in range(group.num_units) if u not in dead]
-
-    def cut(tensor, dim, unit_size):
-        parts = tensor.unflatten(dim, (group.num_units, unit_size))
-        index = torch.tensor(keep)
-        return nn.Parameter(parts.index_select(dim, index).flatten(dim, dim + 1))
-
-    for member in group.producers:
-        linear = model.get_submodule(member.name)
-        linear.weight = cut(linear.weight.data, 0, member.unit_size)
-        if linear.bias is not None:
-            linear.bias = cut(linear.bias.data, 0, member.unit_size)
-        linear.out_features = linear.weight.shape[0]
-    for member in group.consumers:
-        linear = model.get_submodule(member.name)
-        linear.weight = cut(linear.weight.data, 1, member.unit_size)
-        linear.in_features = linear.weight.shape[1]
-    for between in group.between:
-        owner, _, leaf = between.name.rpartition(".")
-        parameter = getattr(model.get_submodule(owner), leaf)
-        setattr(
-            model.get_submodule(owner), leaf, cut(parameter.data, between.dim, between.unit_size)
-        )
-    for a in group.attributes:
-        setattr(model.get_submodule(a.module), a.name, a.per_unit * len(keep))
-
-
-def first_output(out) -> torch.Tensor:
-    return out if isinstance(out, torch.Tensor) else out[0]
-
-
-def assert_deletion_is_exact(model: nn.Module, groups, run) -> None:
-    """Zeroing units and deleting them give the same output, in fp64.
-
-    Both sum the same terms but for zeros, so that they differ by the rounding of reassociated sums:
-    a small multiple of eps times the size of the output. The model must also depend on the units.
-    """
-    generator = torch.Generator().manual_seed(1)
-    before = run(model)
-    for group in groups:
-        order = torch.randperm(group.num_units, generator=generator).tolist()
-        dead = order[: max(1, group.num_units // 2)]
-        zero_units(model, group, dead)
-        masked = run(model)
-        assert not torch.allclose(masked, before, rtol=1e-6), group.name
-        delete_units(model, group, dead)
-        slim = run(model)
-        scale = masked.abs().max()
-        assert (slim - masked).abs().max() <= 1e4 * torch.finfo(torch.float64).eps * scale
-        before = slim
+# ------------------------------------------------ deleting units changes nothing
 
 
 @pytest.mark.parametrize(("name", "attention"), [(n, a) for n in ATTENTION for a in ATTENTION[n]])

@@ -7,6 +7,7 @@ no size can stand in for another. Weights are large enough for every part to mat
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def text_inputs(batch: int = 3, length: int = 9, seed: int = 0) -> dict[str, Ten
 def mlp(*widths: int, act: nn.Module | None = None) -> nn.Sequential:
     """Linears of the given widths with an activation between."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:]):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), act or nn.GELU()]
     torch.manual_seed(0)
     return randomize(nn.Sequential(*layers[:-1]))  # type: ignore[return-value]

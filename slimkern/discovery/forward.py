@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
@@ -33,14 +34,17 @@ _NEEDS_VALUES = (
 )
 
 
-def _dense(module: nn.Linear, x: Tensor) -> Tensor:
+def _plain(module: nn.Linear, x: Tensor) -> Tensor:
+    """The output of a plain linear; on fake tensors its shape is all there is."""
+    if isinstance(x, FakeTensor) and x.shape[-1] == module.in_features:
+        return x.new_empty(*x.shape[:-1], module.out_features)
     return nn.functional.linear(x, module.weight, module.bias)
 
 
 def _masked(module: Any, x: Tensor) -> Tensor:
     """The output of a masked linear, as to its shape: the kept rows."""
     rows = module.out_features if module.rows is None else len(module.rows)
-    return x.new_empty(*x.shape[:-1], rows)
+    return x.new_zeros(*x.shape[:-1], rows)
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
             m.__dict__.clear()
             m.__dict__.update(state)
         for registry, before in zip(registries, entries):
-            now: dict[str, Any] = registry  # type: ignore[assignment]
+            now: dict[str, Any] = registry
             if [*now] != [*before] or any(now[k] is not before[k] for k in before):
                 now.clear()
                 now.update(before)
@@ -107,7 +111,7 @@ def _trace(model: nn.Module, inputs: Inputs, *, fake: bool) -> Trace:
     tracer = Tracer(model)
     tracer.trace.fake = fake
     plain = {
-        call.name: partial(_masked if is_masked(call.module) else _dense, call.module)
+        call.name: partial(_masked if is_masked(call.module) else _plain, call.module)
         for call in tracer.trace.linears.values()
         if call.name not in tracer.trace.foreign
     }

@@ -61,6 +61,11 @@ def _differences(
         if before == after:
             continue
         reason = f"{before.name!r} {before.place} depends on the number of units"
+        if before.name != after.name:
+            reason = (
+                f"the forward depends on the number of units: with fewer it calls {after.name!r} "
+                f"where it called {before.name!r}"
+            )
         for group in _at_work(groups, trace.steps, i):
             blame.setdefault(group.name, reason)
         if before.name != after.name:

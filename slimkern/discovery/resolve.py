@@ -76,9 +76,6 @@ class _Resolver:
         makers = self._having(unit, self.makers)
         takers = self._having(unit, self.takers)
         params = sorted({p for axis in unit for p in self.params.get(axis, [])})
-        for other in takers:
-            if other in makers:
-                raise _Refused(f"{other.name!r} both makes and takes the same features")
         live = extent(unit)
         size = extent(call.taken) // live
         num_units = call.module.in_features // size
@@ -87,6 +84,9 @@ class _Resolver:
             members = self._heads(unit, makers, takers, params)
         else:
             members = self._channels(unit, makers, takers, size)
+        for other in takers:
+            if other in makers:
+                raise _Refused(f"{other.name!r} both makes and takes the same features")
         self._check_sizes(unit, makers, takers, num_units)
         consumers = tuple(Member(t.name, extent(t.taken) // live, "consumer") for t in takers)
         if attention:

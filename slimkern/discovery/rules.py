@@ -68,7 +68,7 @@ def _record(op: Op, outs: list[Tensor], results: list[list[Dim]], writes: bool) 
     last = 0 if op.residual else last
     name = operands[0].name if len(operands) == 1 and not live else ""
     for i, tensor in enumerate(outs):
-        dims = results[i] if i < len(results) else [(int(n),) for n in tensor.shape]
+        dims: list[Dim] = results[i] if i < len(results) else [(int(n),) for n in tensor.shape]
         shown = {a for d in dims for a in axes(d)}
         gone = frozenset(a for a in lost if a.root not in shown)
         if writes and i == 0:

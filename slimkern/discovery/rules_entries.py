@@ -60,6 +60,14 @@ def _along(op: Op) -> list[Dim]:
     return dims
 
 
+@rule(RULES, "flip", "roll")
+def _reorder(op: Op) -> list[Dim]:
+    """Operations that reorder the entries of some dimensions (all where none is named)."""
+    dims = list(op.of("self").dims)
+    op.mix([dims[d] for d in op.args["dims"] or range(len(dims))])
+    return dims
+
+
 @rule(RULES, "native_layer_norm", "_fused_rms_norm")
 def _norm(op: Op) -> list[Dim]:
     dims = list(op.of("input").dims)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimkern.discovery import rules
@@ -82,11 +83,14 @@ class Tracer(Recorder):
     def _survey(self) -> None:
         """Which modules are plain linears, and the names of all parameters and buffers."""
         holders: dict[int, list[str]] = {}
-        for kind in (self.model.named_parameters, self.model.named_buffers):
-            for name, tensor in kind(remove_duplicate=False):
-                holders.setdefault(id(tensor), []).append(name)
-                self.names.setdefault(id(tensor), name)
-                self._keep.append(tensor)
+        named: list[tuple[str, Tensor]] = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+        for name, tensor in named:
+            holders.setdefault(id(tensor), []).append(name)
+            self.names.setdefault(id(tensor), name)
+            self._keep.append(tensor)
         for name, module in self.modules.items():
             if not isinstance(module, nn.Linear):
                 continue
@@ -94,11 +98,11 @@ class Tracer(Recorder):
             if call.blocked:
                 self.trace.foreign[name] = call.blocked
                 continue
-            for key, tensor in module._parameters.items():
-                if tensor is None:
+            for key, parameter in module._parameters.items():
+                if parameter is None:
                     continue
-                self.owned[id(tensor)] = call
-                ties = [h for h in holders[id(tensor)] if h != f"{name}.{key}"]
+                self.owned[id(parameter)] = call
+                ties = [h for h in holders[id(parameter)] if h != f"{name}.{key}"]
                 if ties and not call.blocked:
                     call.tied = True
                     call.blocked = f"its {key} is tied to {ties[0]!r}"
@@ -193,8 +197,10 @@ def _numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     types = {a.name: str(a.type) for a in func._schema.arguments}
     for name, value in [*zip(types, args), *kwargs.items()]:
         if isinstance(value, Tensor):
-            if value.numel() == 1 and type(value) is Tensor and value.device.type == "cpu":
-                found.append(float(value))
+            known = value.constant if isinstance(value, FakeTensor) else value
+            if known is not None and known.numel() == 1 and type(known) is Tensor:
+                with unset_fake_temporarily():
+                    found.append(float(known))
         elif isinstance(value, (int, float)) and types.get(name) not in _PLACES:
             found.append(float(value))
     return tuple(found)
