@@ -1,4 +1,4 @@
-"""Print one of the README's two commands: the code block after the marker <!-- command: NAME -->."""
+"""Print a command of the README: the code block after the marker <!-- command: NAME -->."""
 
 from __future__ import annotations
 

@@ -68,7 +68,9 @@ def main() -> None:
     print(machine_line())
     dense = build()
     ids = torch.randint(0, 1000, (args.batch, args.tokens))
-    print(f"{'FFN':>5} {'heads':>5} {'dense ms':>9} {'masked ms':>9} {'masked/dense (min)':>18} (median)")
+    print(
+        f"{'FFN':>5} {'heads':>5} {'dense ms':>9} {'masked ms':>9} {'masked/dense (min)':>18} (median)"
+    )
     for ffn, heads in ((0, 0), (0.05, 0.08), (0.25, 0.25), (0.5, 0.5), (0.8, 0.6)):
         masked, zeroed = masked_pair(dense, ffn, heads)
 

@@ -1,7 +1,7 @@
-"""Scores to kept units: the selection under a target, its rounding, and the plan that records it.
+"""The plan: which units of which groups stay, from scores or from what is zero already.
 
-Everything here is a pure function of its arguments or frozen data. A :class:`SlimPlan` carries the
-description of its groups, so that it can be applied to a fresh model without tracing it again.
+A :class:`SlimPlan` is frozen data. It carries the description of its groups, so that it can be
+applied to a fresh model without tracing it again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from slimkern.discovery.groups import Group
+from slimkern.selection import round_width, select
 
-SCOPES = ("local", "global")
 _FORMAT, _VERSION = "slimkern-plan", 1
-_EPS = 1e-9  # 0.29 * 100 is 28.999... in binary: a target that is a whole number must be met
 
 
 @dataclass(frozen=True)
@@ -128,105 +127,6 @@ def compose(first: SlimPlan, then: SlimPlan) -> SlimPlan:
     return SlimPlan((*entries, *later.values()), first.notes + then.notes)
 
 
-def round_width(width: int, multiple_of: int, num_units: int) -> int:
-    """The smallest multiple of ``multiple_of`` that holds ``width``, at most ``num_units``."""
-    return min(num_units, -(-width // multiple_of) * multiple_of)
-
-
-def select(
-    scores: Mapping[str, Tensor],
-    sparsity: float,
-    *,
-    scope: str = "local",
-    multiple_of: int = 1,
-    min_units: int = 1,
-    min_sparsity: float = 0.0,
-    max_sparsity: float = 1.0,
-) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """The units that stay when the fraction ``sparsity`` with the lowest scores goes.
-
-    With ``k = int(sparsity * units)`` exactly the k lowest-scored units go (per group in the local
-    scope, over all groups in the global one); equal scores go by index. Then each group's width is
-    rounded **up** to a multiple of ``multiple_of``: its best-scored removed units stay.
-
-    Args:
-        scores: a 1-D tensor per group, one score per unit.
-        sparsity: the fraction to remove, in [0, 1).
-        scope: ``local`` (each group loses the fraction) or ``global`` (all groups together).
-        multiple_of: the width that remains is a multiple of it (or the full width).
-        min_units: units that stay in every group.
-        min_sparsity: each group loses at least this fraction, global scope.
-        max_sparsity: no group loses more than this fraction.
-
-    Returns:
-        kept indices per group, sorted; and notes on what could not be done as asked.
-
-    Raises:
-        ValueError: an argument is out of range, or a score is NaN.
-    """
-    _check_selection(scores, sparsity, scope, multiple_of, min_units)
-    order = {n: torch.argsort(s.detach().float().cpu(), stable=True) for n, s in scores.items()}
-    size = {n: len(o) for n, o in order.items()}
-    cap = {n: max(0, min(z - min_units, int(max_sparsity * z + _EPS))) for n, z in size.items()}
-    if scope == "local":
-        gone = {n: min(int(sparsity * z + _EPS), cap[n]) for n, z in size.items()}
-    else:
-        floor = {n: min(int(min_sparsity * z + _EPS), cap[n]) for n, z in size.items()}
-        gone = _global_counts(scores, order, floor, cap, int(sparsity * sum(size.values()) + _EPS))
-    keep, notes = {}, []
-    for name, ranked in order.items():
-        width = round_width(size[name] - gone[name], multiple_of, size[name])
-        if gone[name] and width == size[name]:
-            notes.append(
-                f"{name}: rounding {size[name] - gone[name]} of {size[name]} units up to a "
-                f"multiple of {multiple_of} cancels the whole cut"
-            )
-        keep[name] = tuple(sorted(ranked[size[name] - width :].tolist()))
-    asked = int(sparsity * sum(size.values()) + _EPS) if scope == "global" else 0
-    if sum(gone.values()) < asked:
-        notes.append(f"floors and limits allow {sum(gone.values())} of {asked} units to go")
-    return keep, tuple(notes)
-
-
-def _check_selection(
-    scores: Mapping[str, Tensor], sparsity: float, scope: str, multiple_of: int, min_units: int
-) -> None:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must lie in [0, 1), got {sparsity}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
-    if min_units < 1:
-        raise ValueError(f"min_units must be at least 1, got {min_units}")
-    for name, score in scores.items():
-        if score.dim() != 1:
-            raise ValueError(f"scores of {name!r} must be 1-D, got shape {tuple(score.shape)}")
-        if torch.isnan(score).any():
-            raise ValueError(f"scores of {name!r} hold NaN: {int(torch.isnan(score).sum())}")
-
-
-def _global_counts(
-    scores: Mapping[str, Tensor],
-    order: Mapping[str, Tensor],
-    floor: Mapping[str, int],
-    cap: Mapping[str, int],
-    total: int,
-) -> dict[str, int]:
-    """How many units each group loses when the ``total`` lowest scores of all go."""
-    gone = dict(floor)
-    queue = [
-        (float(scores[name][unit]), position, rank, name)
-        for position, (name, ranked) in enumerate(order.items())
-        for rank, unit in enumerate(ranked.tolist())
-        if floor[name] <= rank < cap[name]
-    ]
-    queue.sort()
-    for _, _, _, name in queue[: max(0, total - sum(gone.values()))]:
-        gone[name] += 1
-    return gone
-
-
 def make_plan(
     groups: Iterable[Group],
     scores: Mapping[str, Tensor],
@@ -265,9 +165,7 @@ def make_plan(
     notes: tuple[str, ...] = ()
     for kind, sparsity, multiple in (("ffn", ffn_sparsity, multiple_of), ("mha", mha_sparsity, 1)):
         own = {n: s for n, s in scores.items() if by_name[n].kind == kind}
-        keep, more = select(
-            own, sparsity, scope=scope, multiple_of=multiple, min_units=min_units
-        )
+        keep, more = select(own, sparsity, scope=scope, multiple_of=multiple, min_units=min_units)
         kept.update(keep)
         notes += more
     entries = tuple(PlanEntry(g, kept[n]) for n, g in by_name.items() if n in kept)
@@ -275,11 +173,13 @@ def make_plan(
 
 
 def dead_units(model: nn.Module, group: Group) -> Tensor:
-    """Which units of a group contribute nothing: a bool vector, true where every consumer's
-    columns are exactly zero (see DESIGN: that alone makes the removal exact)."""
+    """Which units of a group contribute nothing, as a bool vector [num_units].
+
+    True where every consumer's columns are exactly zero: that alone makes the removal exact.
+    """
     dead = torch.ones(group.num_units, dtype=torch.bool)
     for member in group.consumers:
-        weight = model.get_submodule(member.name).weight
+        weight = model.get_parameter(f"{member.name}.weight")
         columns = (weight.detach() == 0).all(dim=0)
         dead &= columns.view(group.num_units, member.unit_size).all(dim=1).cpu()
     return dead

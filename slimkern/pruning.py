@@ -8,75 +8,20 @@ and saved like any other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimkern.config import PruningRule
-from slimkern.criteria import ScoreKeeper, scored_members
+from slimkern.criteria import scored_members
 from slimkern.discovery.groups import Group
 from slimkern.nn import MaskedLinear
-from slimkern.plan import PlanEntry, SlimPlan, select
+from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.pruning_report import GroupReport, PruningReport, Sparsity
-from slimkern.schedule import prune_steps, sparsity_at
+from slimkern.selection import select
 from slimkern.surgery import mask_, masked_plan, zero_masked_columns
-
-_MASKED = -1.0  # below every score: what is masked stays masked, also where live scores are zero
-
-
-@dataclass
-class _Track:
-    """One rule at work on its groups."""
-
-    rule: PruningRule
-    groups: tuple[Group, ...]
-    steps: range
-    keeper: ScoreKeeper
-    notes: tuple[str, ...] = field(default=())
-
-    @classmethod
-    def start(cls, rule: PruningRule, groups: tuple[Group, ...]) -> _Track:
-        if rule.end_step is None:
-            raise ValueError(
-                "when to prune is not known: give end_step (the optimizer step at which the "
-                "target is reached) or total_steps (the length of the training)"
-            )
-        steps = prune_steps(rule.start_step, rule.end_step, rule.pruning_frequency)
-        if steps[0] == 0 and rule.needs_gradients:
-            raise ValueError(
-                f"start_step=0 and end_step=0 prune before the first optimizer step, but "
-                f"pruning_type={rule.pruning_type!r} reads gradients: give an end_step of at "
-                f"least 1, or total_steps, or pruning_type='magnitude'"
-            )
-        keeper = ScoreKeeper(
-            groups, rule.pruning_type, rule.criterion_reduce_type, rule.low_memory_usage
-        )
-        track = cls(rule, groups, steps, keeper)
-        if rule.pruning_scope == "local":  # the widths do not depend on scores: known ahead
-            flat = {g.name: torch.zeros(g.num_units) for g in groups}
-            track.notes = track.select(flat, rule.target_sparsity)[1]
-        return track
-
-    def select(
-        self, scores: Mapping[str, Tensor], sparsity: float
-    ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-        rule = self.rule
-        return select(
-            scores,
-            sparsity,
-            scope=rule.pruning_scope,
-            multiple_of=rule.round_multiplier if rule.pattern == "channelx1" else 1,
-            min_sparsity=rule.min_sparsity_ratio_per_op,
-            max_sparsity=rule.max_sparsity_ratio_per_op,
-        )
-
-    def observes(self, step: int) -> bool:
-        """Whether the gradients of the optimizer step after ``step`` completed ones count."""
-        if not self.rule.needs_gradients or step >= self.steps[-1]:
-            return False
-        return self.rule.pruning_type == "snip_momentum" or step + 1 in self.steps
+from slimkern.track import Track
 
 
 class Pruning:
@@ -114,7 +59,7 @@ class Pruning:
         self.model = model
         self.optimizer = optimizer = _innermost(optimizer)
         self.step = 0
-        self._tracks = [_Track.start(rule, groups) for rule, groups in rules]
+        self._tracks = [Track.start(rule, groups) for rule, groups in rules]
         self._notes = tuple(notes)
         self._groups = {g.name: g for t in self._tracks for g in t.groups}
         names = {m.name for g in self._groups.values() for m in scored_members(g)}
@@ -313,20 +258,9 @@ class Pruning:
         self._over = True
         return True
 
-    def _cut(self, track: _Track) -> None:
+    def _cut(self, track: Track) -> None:
         """Select anew at the sparsity of this step, and mask what goes."""
-        rule = track.rule
-        ratio = sparsity_at(self.step, track.steps, rule.target_sparsity, rule.sparsity_decay_type)
-        if not ratio:
-            return
-        scores = track.keeper.scores(self._weights)
-        for name, score in scores.items():
-            masked = torch.ones_like(score, dtype=torch.bool)
-            masked[list(self._keep[name])] = False
-            score[masked] = _MASKED
-        keep, notes = track.select(scores, ratio)
-        if self.step == track.steps[-1]:
-            track.notes = notes
+        keep = track.choose(self.step, self._weights, self._keep)
         moved = [g for g in track.groups if keep[g.name] != self._keep[g.name]]
         mask_(self.model, SlimPlan(tuple(PlanEntry(g, keep[g.name]) for g in moved)))
         self._keep.update(keep)

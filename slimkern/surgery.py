@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkern.cuts import SurgeryError, check_parameters, cut, cuts_of, spread
 from slimkern.discovery.groups import Group, Member
 from slimkern.nn import MaskedLinear
 from slimkern.optimizer_state import check_state, move_state
@@ -27,10 +28,6 @@ _SIZES = {
 }
 # The width of the FFN in a configuration, by the names that transformers' configurations use.
 FFN_FIELDS = ("intermediate_size", "hidden_dim", "ffn_dim", "d_ff", "n_inner")
-
-
-class SurgeryError(ValueError):
-    """A plan can't be applied to a model exactly; names the module and the reason."""
 
 
 def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
@@ -60,7 +57,7 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
         whole = len(entry.keep) == group.num_units
         for member in group.consumers:
             linear = MaskedLinear.adopt(_linear(model, member))
-            index = _spread(keep, member.unit_size, linear.weight.device)
+            index = spread(keep, member.unit_size, linear.weight.device)
             linear.cols = None if whole else index
             linear.gather = bool(group.between)
             zero_masked_columns(linear)
@@ -68,7 +65,7 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
             continue
         for member in group.producers:
             linear = MaskedLinear.adopt(_linear(model, member))
-            index = _spread(keep, member.unit_size, linear.weight.device)
+            index = spread(keep, member.unit_size, linear.weight.device)
             linear.rows = None if whole else index
         _set_counts(model, entry)
     _remember(model, plan.entries)
@@ -166,13 +163,13 @@ def slim_(
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for entry in plan.entries:
         _check_entry(model, entry)
-        for name, dim, index in _cuts_of(entry):
+        for name, dim, index in cuts_of(entry):
             cuts.setdefault(name, []).append((dim, index))
     named = dict(model.named_parameters(remove_duplicate=False))
-    _check_parameters(named, cuts)
+    check_parameters(named, cuts)
     if optimizer is not None:
         check_state(optimizer, {named[name] for name in cuts})
-    fresh = {name: _cut(named[name], steps) for name, steps in cuts.items()}
+    fresh = {name: cut(named[name], steps) for name, steps in cuts.items()}
     # From here on nothing can fail: every new tensor exists.
     for name, parameter in fresh.items():
         _assign(model, name, parameter)
@@ -231,61 +228,6 @@ def _check_entry(model: nn.Module, entry: PlanEntry) -> None:
             raise SurgeryError(f"{attribute.module}.{attribute.name} is no integer")
 
 
-def _spread(keep: Tensor, unit_size: int, device: torch.device | None = None) -> Tensor:
-    """Unit indices -> the indices of their entries, ``unit_size`` consecutive ones per unit."""
-    if unit_size > 1:
-        keep = (keep[:, None] * unit_size + torch.arange(unit_size)).flatten()
-    return keep.to(device)
-
-
-def _cuts_of(entry: PlanEntry) -> Iterator[tuple[str, int, Tensor]]:
-    """``(parameter, dimension, kept entries)`` for everything that the units of an entry own."""
-    group, keep = entry.group, torch.tensor(entry.keep)
-    if len(entry.keep) == group.num_units:
-        return
-    for member in group.producers:
-        index = _spread(keep, member.unit_size)
-        yield f"{member.name}.weight", 0, index
-        yield f"{member.name}.bias", 0, index
-    for member in group.consumers:
-        yield f"{member.name}.weight", 1, _spread(keep, member.unit_size)
-    for between in group.between:
-        yield between.name, between.dim, _spread(keep, between.unit_size)
-
-
-def _check_parameters(
-    named: dict[str, nn.Parameter], cuts: dict[str, list[tuple[int, Tensor]]]
-) -> None:
-    """Refuse a parameter that also stands somewhere the plan does not cut; drop absent biases."""
-    for name in [n for n in cuts if n.endswith(".bias") and n not in named]:
-        del cuts[name]
-    holders: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in named.items():
-        holders.setdefault(parameter, []).append(name)
-    for name in cuts:
-        for other in holders[named[name]]:
-            same = other in cuts and [(d, i.tolist()) for d, i in cuts[other]] == [
-                (d, i.tolist()) for d, i in cuts[name]
-            ]
-            if not same:
-                raise SurgeryError(f"{name!r} is tied to {other!r}, which would not be cut alike")
-
-
-def _cut(parameter: nn.Parameter, steps: list[tuple[int, Tensor]]) -> nn.Parameter:
-    """A smaller parameter with the same dtype, device, ``requires_grad`` and gradient."""
-
-    def cut(tensor: Tensor) -> Tensor:
-        for dim, index in steps:
-            tensor = tensor.index_select(dim, index.to(tensor.device))
-        return tensor.contiguous()
-
-    fresh = nn.Parameter(cut(parameter.detach()), requires_grad=parameter.requires_grad)
-    fresh.__dict__.update(parameter.__dict__)
-    if parameter.grad is not None:
-        fresh.grad = cut(parameter.grad)
-    return fresh
-
-
 def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
@@ -325,9 +267,7 @@ def _update_config(model: nn.Module, plan: SlimPlan) -> None:
     if config is None or len(widths) != 1 or len(before) != 1:
         return
     dense, slim = before.pop(), widths.pop()
-    still_dense = sum(
-        isinstance(m, nn.Linear) and m.in_features == dense for m in model.modules()
-    )
+    still_dense = sum(isinstance(m, nn.Linear) and m.in_features == dense for m in model.modules())
     for name in FFN_FIELDS:
         if getattr(config, name, None) == dense and not still_dense:
             setattr(config, name, slim)

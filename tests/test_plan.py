@@ -8,15 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimkern.discovery.groups import Between, Group, Member
-from slimkern.plan import (
-    PlanEntry,
-    SlimPlan,
-    compose,
-    make_plan,
-    plan_from_zeros,
-    round_width,
-    select,
-)
+from slimkern.plan import PlanEntry, SlimPlan, compose, make_plan, plan_from_zeros
+from slimkern.selection import round_width, select
 
 
 def _group(name: str = "fc2", n: int = 8, kind: str = "ffn", size: int = 1) -> Group:
@@ -153,9 +146,7 @@ def test_an_entry_with_bad_indices_is_refused(keep):
 
 def test_compose_speaks_of_the_original_layer():
     big, small = _group(n=8), _group(n=4)
-    both = compose(
-        SlimPlan((PlanEntry(big, (0, 2, 4, 6)),)), SlimPlan((PlanEntry(small, (1, 3)),))
-    )
+    both = compose(SlimPlan((PlanEntry(big, (0, 2, 4, 6)),)), SlimPlan((PlanEntry(small, (1, 3)),)))
     assert both["fc2"].keep == (2, 6)
     assert both["fc2"].group == big
 

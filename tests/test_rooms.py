@@ -13,7 +13,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "slimkern"
 
 STDLIB = set(sys.stdlib_module_names)
 DATA = {"slimkern.discovery.groups"}  # frozen descriptions that plans and surgery speak in
-READERS = {"torch", "slimkern.discovery", "slimkern.plan", "slimkern.config", "slimkern.schedule"}
+READERS = {
+    "torch",
+    "slimkern.discovery",
+    "slimkern.plan",
+    "slimkern.selection",
+    "slimkern.config",
+    "slimkern.schedule",
+}
 REPORTS = {"slimkern.pruning_report"}  # frozen data
 LIBRARY = {
     *READERS,
@@ -52,17 +59,40 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("discovery/", {"torch", "slimkern.discovery"}),
     ("schedule.py", {"torch"}),
     ("config.py", {"torch", "slimkern.schedule"}),
-    ("plan.py", {"torch", *DATA}),
+    ("selection.py", {"torch"}),
+    ("plan.py", {"torch", "slimkern.selection", *DATA}),
     ("criteria.py", {"torch", "slimkern.discovery", "slimkern.plan"}),
+    ("cuts.py", {"torch", "slimkern.plan"}),
     ("optimizer_state.py", {"torch"}),
-    ("surgery.py", {"torch", "slimkern.plan", "slimkern.nn", "slimkern.optimizer_state", *DATA}),
-    ("pruning.py", {*READERS, "slimkern.criteria", "slimkern.surgery", "slimkern.nn", *REPORTS}),
+    (
+        "surgery.py",
+        {
+            "torch",
+            "slimkern.cuts",
+            "slimkern.plan",
+            "slimkern.nn",
+            "slimkern.optimizer_state",
+            *DATA,
+        },
+    ),
+    (
+        "pruning.py",
+        {
+            *READERS,
+            *REPORTS,
+            "slimkern.track",
+            "slimkern.criteria",
+            "slimkern.surgery",
+            "slimkern.nn",
+        },
+    ),
     ("pruning_report.py", set()),
+    ("track.py", {*READERS, "slimkern.criteria"}),
     ("timing.py", {"torch", "numpy", "slimkern.cpu"}),
     ("targets.py", {"torch", "slimkern.config", *DATA}),
     ("auto_slim.py", LIBRARY),
     ("checkpoint.py", {*LIBRARY, "transformers"}),
-    ("skeleton.py", {"torch", "huggingface_hub"}),
+    ("skeleton.py", {"torch", "huggingface_hub", "slimkern.plan", "slimkern.surgery"}),
     ("folders.py", set()),
     ("training/", TRAINING),
     ("cli/", EVERYTHING),

@@ -34,7 +34,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, s, _ = x.shape
-        q, k, v = (p(x).view(b, s, self.num_heads, HEAD_DIM).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k, v = (
+            p(x).view(b, s, self.num_heads, HEAD_DIM).transpose(1, 2)
+            for p in (self.q, self.k, self.v)
+        )
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.o(y.transpose(1, 2).reshape(b, s, self.all_head_size))
 
@@ -56,9 +59,15 @@ MHA = Group(
     "attention.o",
     "mha",
     HEADS,
-    tuple(Member(f"attention.{n}", HEAD_DIM, r) for n, r in (("q", "query"), ("k", "key"), ("v", "value"))),
+    tuple(
+        Member(f"attention.{n}", HEAD_DIM, r)
+        for n, r in (("q", "query"), ("k", "key"), ("v", "value"))
+    ),
     (Member("attention.o", HEAD_DIM, "consumer"),),
-    attributes=(Attribute("attention", "num_heads", 1), Attribute("attention", "all_head_size", HEAD_DIM)),
+    attributes=(
+        Attribute("attention", "num_heads", 1),
+        Attribute("attention", "all_head_size", HEAD_DIM),
+    ),
 )
 PLAN = SlimPlan((PlanEntry(FFN, (0, 3, 4, 9, 16)), PlanEntry(MHA, (1, 3))))
 
@@ -208,7 +217,10 @@ def _plan(group: Group, keep=(0,)) -> SlimPlan:
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        (Group("x", "ffn", 3, (), (Member("x", 1, "consumer"),)), "'x': the model has no such module"),
+        (
+            Group("x", "ffn", 3, (), (Member("x", 1, "consumer"),)),
+            "'x': the model has no such module",
+        ),
         (
             Group("attention.o", "mha", 5, (), (Member("attention.o", 6, "consumer"),)),
             "'attention.o': the plan speaks of 5 units of 6 columns, but its weight has 24",
@@ -218,7 +230,9 @@ def _plan(group: Group, keep=(0,)) -> SlimPlan:
             "only a plain nn.Linear can be cut, this is Attention",
         ),
         (
-            Group("o", "mha", 4, (), (Member("attention.o", 6, "consumer"),), (Between("b", 0, 1),)),
+            Group(
+                "o", "mha", 4, (), (Member("attention.o", 6, "consumer"),), (Between("b", 0, 1),)
+            ),
             "'b': the model has no such parameter",
         ),
     ],
