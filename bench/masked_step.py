@@ -1,4 +1,4 @@
-"""A masked training step against eager's dense step, over sparsities: `python bench/masked_step.py`.
+"""A masked training step against eager's dense step: `python bench/masked_step.py`.
 
 Model: the encoder of all-MiniLM-L6-v2's shape (6 layers of width 384, 12 heads, FFN 1536), random
 weights, fp32. The step is forward, backward and a fused AdamW. The two candidates run in turns; a
@@ -68,9 +68,7 @@ def main() -> None:
     print(machine_line())
     dense = build()
     ids = torch.randint(0, 1000, (args.batch, args.tokens))
-    print(
-        f"{'FFN':>5} {'heads':>5} {'dense ms':>9} {'masked ms':>9} {'masked/dense (min)':>18} (median)"
-    )
+    print("  FFN heads  dense ms masked ms  masked/dense: min (median)")
     for ffn, heads in ((0, 0), (0.05, 0.08), (0.25, 0.25), (0.5, 0.5), (0.8, 0.6)):
         masked, zeroed = masked_pair(dense, ffn, heads)
 

@@ -1,4 +1,4 @@
-"""Every import is in a room that may hold it (DESIGN, Rooms), and importing the package is light."""
+"""Every import is in a room that may hold it, and importing the package is light."""
 
 from __future__ import annotations
 
@@ -177,6 +177,9 @@ def test_only_the_registry_calls_torch_library_and_only_native_imports_the_modul
 
 @pytest.mark.parametrize("heavy", ["triton", "transformers", "rich", "scipy", "matplotlib"])
 def test_importing_the_package_is_light(heavy):
-    code = f"import torch, sys; before = set(sys.modules); import slimkern; print({heavy!r} in set(sys.modules) - before)"
+    code = (
+        "import torch, sys; before = set(sys.modules); import slimkern; "
+        f"print({heavy!r} in set(sys.modules) - before)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
