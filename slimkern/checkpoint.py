@@ -17,21 +17,19 @@ RoBERTa, XLM-R, ELECTRA, DistilBERT, MPNet) reads it; they would build layers of
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from slimkern import skeleton
 from slimkern.discovery.groups import Group
 from slimkern.folders import copy_companions, sha256, whole_folder
 from slimkern.plan import PlanEntry, SlimPlan
-from slimkern.skeleton import build, differing_buffers, fill, is_hugging_face, meta_twin, shapes
-from slimkern.surgery import FFN_FIELDS, SurgeryError, is_masked, slim_
+from slimkern.surgery import SurgeryError, is_masked, slim_
 
 CONFIG_FILE, PLAN_FILE = "config.json", "slim_plan.json"
 PLAIN_WEIGHTS, SLIM_WEIGHTS = "model.safetensors", "slim.safetensors"
@@ -82,9 +80,15 @@ def save(
     buffers: dict[str, Tensor] = {}
     config: dict[str, Any] = {"architectures": [type(model).__name__]}
     about: dict[str, Any] = {"version": _VERSION, "weights": SLIM_WEIGHTS, "tied": tied}
-    if is_hugging_face(model):
-        config, dense, plain, twin = _describe(model, plan)
-        buffers = differing_buffers(model, twin)
+    if skeleton.is_hugging_face(model):
+        described = skeleton.describe(model, plan)
+        if described is None:
+            raise CheckpointError(
+                f"this {type(model).__name__} is not its dense architecture cut by its plan "
+                f"({len(plan)} groups): save the module that was slimmed, or one that contains it"
+            )
+        config, dense, plain, twin = described
+        buffers = skeleton.differing_buffers(model, twin)
         about["weights"] = PLAIN_WEIGHTS if plain else SLIM_WEIGHTS
         about["dense"] = dense
         about["attention"] = getattr(model.config, "_attn_implementation", None)
@@ -132,18 +136,20 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         kind = _class_of(config)
         try:
-            model = build(kind, {**config, **about.get("dense", {})}, about.get("attention"))
+            model = skeleton.build(
+                kind, {**config, **about.get("dense", {})}, about.get("attention")
+            )
         except ValueError as error:
             raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
     try:
         # A given model is cut for real only after a twin without memory has passed every check.
-        trial = slim_(model if built else meta_twin(model), plan)
+        trial = slim_(model if built else skeleton.meta_twin(model), plan)
     except SurgeryError as error:
         raise CheckpointError(f"{folder}: the plan does not fit the model: {error}") from error
     _check_tensors(trial, tensors, about["tied"], folder)
     if not built:
         slim_(model, plan)
-    fill(model, tensors, buffers, about["tied"])
+    skeleton.fill(model, tensors, buffers, about["tied"])
     return model.eval() if built else model
 
 
@@ -221,46 +227,6 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return written, tied
 
 
-def _describe(model: Any, plan: SlimPlan) -> tuple[dict[str, Any], dict[str, Any], bool, nn.Module]:
-    """How to write the configuration of a Hugging Face model.
-
-    Returns:
-        the configuration to write; the fields that make it the dense one; whether it alone
-        describes the model; and the model rebuilt from it, without memory for parameters.
-    """
-    config = json.loads(model.config.to_json_string())
-    config.pop(_KEY, None)
-    config["architectures"] = [type(model).__name__]
-    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    config["dtype"] = str(floating).removeprefix("torch.")
-    sizes = shapes(model)
-    whole = all(len(e.keep) == e.group.num_units for e in plan.entries if e.group.kind != "ffn")
-    for dense in _dense_fields(model.config, plan):
-        twin = build(type(model), {**config, **dense})
-        try:
-            slim_(twin, plan)
-        except SurgeryError:
-            continue
-        if shapes(twin) == sizes:
-            plain = whole and shapes(build(type(model), config)) == sizes
-            return (config, dense, True, twin) if plain else ({**config, **dense}, {}, False, twin)
-    raise CheckpointError(
-        f"this {type(model).__name__} is not its dense architecture cut by its plan "
-        f"({len(plan)} groups): save the module that was slimmed, or a model that contains it"
-    )
-
-
-def _dense_fields(config: Any, plan: SlimPlan) -> Iterator[dict[str, int]]:
-    """Candidates for the configuration fields that surgery has set to the slim FFN width."""
-    yield {}
-    widths = {e.group.num_units for e in plan.entries if e.group.kind == "ffn"}
-    if len(widths) == 1:
-        width = widths.pop()
-        for name in FFN_FIELDS:
-            if isinstance(getattr(config, name, None), int) and getattr(config, name) != width:
-                yield {name: width}
-
-
 def _class_of(config: dict[str, Any]) -> Any:
     """transformers' class that a configuration names."""
     name = (config.get("architectures") or ["?"])[0]
@@ -319,7 +285,7 @@ def _check_tensors(
     """Refuse weights that are not exactly those of the cut model."""
     have = {name: tuple(value.shape) for name, value in tensors.items()}
     have.update({name: have[kept] for name, kept in tied.items() if kept in have})
-    want = shapes(model)
+    want = skeleton.shapes(model)
     wrong = [f"{n} is missing" for n in want if n not in have]
     wrong += [f"{n} is unknown to the model" for n in have if n not in want]
     wrong += [

@@ -7,6 +7,7 @@ file, and are what the architecture's own code makes of its configuration.
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from slimkern.plan import SlimPlan
+from slimkern.surgery import FFN_FIELDS, SurgeryError, slim_
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -73,6 +77,45 @@ def _parameters_on_meta() -> Iterator[None]:
             yield
         finally:
             nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
+def describe(
+    model: Any, plan: SlimPlan
+) -> tuple[dict[str, Any], dict[str, Any], bool, nn.Module] | None:
+    """How to write the configuration of a Hugging Face model.
+
+    Returns:
+        the configuration to write; the fields that make it the dense one; whether it alone
+        describes the model; and the model rebuilt from it, without memory for parameters. ``None``
+        where the model is not its dense architecture cut by the plan.
+    """
+    config = json.loads(model.config.to_json_string())
+    config["architectures"] = [type(model).__name__]
+    floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    config["dtype"] = str(floating).removeprefix("torch.")
+    sizes = shapes(model)
+    whole = all(len(e.keep) == e.group.num_units for e in plan.entries if e.group.kind != "ffn")
+    for dense in _dense_fields(model.config, plan):
+        twin = build(type(model), {**config, **dense})
+        try:
+            slim_(twin, plan)
+        except SurgeryError:
+            continue
+        if shapes(twin) == sizes:
+            plain = whole and shapes(build(type(model), config)) == sizes
+            return (config, dense, True, twin) if plain else ({**config, **dense}, {}, False, twin)
+    return None
+
+
+def _dense_fields(config: Any, plan: SlimPlan) -> Iterator[dict[str, int]]:
+    """Candidates for the configuration fields that surgery has set to the slim FFN width."""
+    yield {}
+    widths = {e.group.num_units for e in plan.entries if e.group.kind == "ffn"}
+    if len(widths) == 1:
+        width = widths.pop()
+        for name in FFN_FIELDS:
+            if isinstance(getattr(config, name, None), int) and getattr(config, name) != width:
+                yield {name: width}
 
 
 def meta_twin(model: nn.Module) -> nn.Module:

@@ -539,3 +539,29 @@ def test_nothing_is_pickled(tmp_path):
         if path.suffix == ".json":
             json.loads(path.read_text())
         assert b"pickle" not in path.read_bytes()[:200]
+
+
+# The real model
+
+
+def test_a_real_model_with_its_tokenizer(minilm_dir, tmp_path):
+    model = transformers.AutoModel.from_pretrained(minilm_dir).eval()
+    slim_(model, uneven_plan(model))
+    save(model, tmp_path / "slim")
+    loaded = load(tmp_path / "slim")
+    sentences = ["A man is playing a flute.", "Two dogs run.", "Nothing of the kind."]
+    encoded = [
+        transformers.AutoTokenizer.from_pretrained(folder)(
+            sentences, padding=True, return_tensors="pt"
+        )
+        for folder in (minilm_dir, tmp_path / "slim")
+    ]
+    assert torch.equal(encoded[0]["input_ids"], encoded[1]["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(model(**encoded[0])[0], loaded(**encoded[1])[0])
+    assert _files(tmp_path / "slim") >= {"tokenizer.json", "vocab.txt", "1_Pooling/config.json"}
+    slim, dense = (
+        sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        for folder in (tmp_path / "slim", minilm_dir)
+    )
+    assert slim < 0.8 * dense
