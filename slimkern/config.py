@@ -266,15 +266,11 @@ def _off(instead: str) -> Callable[[str, Any], None]:
     return check
 
 
-def _pruning_type(key: str, value: Any) -> str:
-    return _one_of(*PRUNING_TYPES)(key, value)
-
-
 _NO_REGULARIZER = "there is no group-lasso regularizer yet; leave it out"
 _STEP_KEYS = ("start_step", "end_step", "pruning_frequency", "total_steps")
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "target_sparsity": _fraction,
-    "pruning_type": _pruning_type,
+    "pruning_type": _one_of(*PRUNING_TYPES),
     "pattern": _pattern,
     "op_names": _patterns,
     "excluded_op_names": _patterns,
@@ -291,7 +287,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "round_multiplier": _whole(1),
     "total_steps": _whole(1),
     "criterion_reduce_type": _one_of(*REDUCE_TYPES),
-    "criterion_type": _pruning_type,
+    "criterion_type": _one_of(*PRUNING_TYPES),
     "parameters": _off(_NO_REGULARIZER),
     "reg_type": _off(_NO_REGULARIZER),
     "reg_coeff": _off(_NO_REGULARIZER),

@@ -48,7 +48,7 @@ def element_scores(weight: Tensor, grad: Tensor | None, criterion: str) -> Tenso
         raise ValueError(f"criterion {criterion!r} needs a gradient, and there is none")
     if criterion == "gradient":
         return grad.detach().float().abs()
-    return (weight.detach().float() * grad.detach().float()).abs()
+    return (weight.detach().float() * grad.detach().float()).abs_()
 
 
 def reduce_units(elements: Tensor, member: Member, reduce_type: str = "mean") -> Tensor:
@@ -113,9 +113,10 @@ class ScoreKeeper:
             grad = grads[member.name]
             if grad is None:
                 continue
-            new = element_scores(weights[member.name], grad / scale, self.criterion)
+            new = element_scores(weights[member.name], grad, self.criterion)
             if self.reduce_type != "max":
                 new = reduce_units(new, member, self.reduce_type)
+            new = new / scale  # every criterion that reads gradients is linear in their size
             old = self.state.get(member.name)
             if old is not None and self.memory:
                 new = new.add_(old.float(), alpha=self.memory)

@@ -19,7 +19,6 @@ from slimkern.discovery.groups import Group
 from slimkern.nn import MaskedLinear
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.pruning_report import GroupReport, PruningReport, Sparsity
-from slimkern.selection import select
 from slimkern.surgery import mask_, masked_plan, zero_masked_columns
 from slimkern.track import Track
 

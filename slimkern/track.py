@@ -1,0 +1,102 @@
+"""One pruning rule over a run: when it cuts, what it has seen, and which units stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slimkern.config import PruningRule
+from slimkern.criteria import ScoreKeeper
+from slimkern.discovery.groups import Group
+from slimkern.schedule import prune_steps, sparsity_at
+from slimkern.selection import select
+
+_MASKED = -1.0  # below every score: what is masked stays masked, also where live scores are zero
+
+
+@dataclass
+class Track:
+    """One rule at work on its groups: its prune steps, its scores, and what it had to leave."""
+
+    rule: PruningRule
+    groups: tuple[Group, ...]
+    steps: range
+    keeper: ScoreKeeper
+    notes: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def start(cls, rule: PruningRule, groups: tuple[Group, ...]) -> Track:
+        """A rule before its first step.
+
+        Raises:
+            ValueError: there is no schedule, or it prunes before there are gradients.
+        """
+        if rule.end_step is None:
+            raise ValueError(
+                "when to prune is not known: give end_step (the optimizer step at which the "
+                "target is reached) or total_steps (the length of the training)"
+            )
+        steps = prune_steps(rule.start_step, rule.end_step, rule.pruning_frequency)
+        if steps[0] == 0 and rule.needs_gradients:
+            raise ValueError(
+                f"start_step=0 and end_step=0 prune before the first optimizer step, but "
+                f"pruning_type={rule.pruning_type!r} reads gradients: give an end_step of at "
+                f"least 1, or total_steps, or pruning_type='magnitude'"
+            )
+        keeper = ScoreKeeper(
+            groups, rule.pruning_type, rule.criterion_reduce_type, rule.low_memory_usage
+        )
+        track = cls(rule, groups, steps, keeper)
+        if rule.pruning_scope == "local":  # the widths do not depend on scores: known ahead
+            flat = {g.name: torch.zeros(g.num_units) for g in groups}
+            track.notes = track._select(flat, rule.target_sparsity)[1]
+        return track
+
+    def observes(self, step: int) -> bool:
+        """Whether the gradients of the optimizer step after ``step`` completed ones count."""
+        if not self.rule.needs_gradients or step >= self.steps[-1]:
+            return False
+        return self.rule.pruning_type == "snip_momentum" or step + 1 in self.steps
+
+    def choose(
+        self, step: int, weights: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """The units that stay after ``step`` completed steps; what is masked stays masked.
+
+        Args:
+            step: a prune step.
+            weights: linear name -> its weight.
+            keep: group name -> the units that are kept so far.
+
+        Raises:
+            RuntimeError: no gradient, or none but zeros, has reached a group.
+        """
+        rule = self.rule
+        ratio = sparsity_at(step, self.steps, rule.target_sparsity, rule.sparsity_decay_type)
+        if not ratio:
+            return {g.name: keep[g.name] for g in self.groups}
+        scores = self.keeper.scores(weights)
+        for name, score in scores.items():
+            masked = torch.ones_like(score, dtype=torch.bool)
+            masked[list(keep[name])] = False
+            score[masked] = _MASKED
+        chosen, notes = self._select(scores, ratio)
+        if step == self.steps[-1]:
+            self.notes = notes
+        return chosen
+
+    def _select(
+        self, scores: Mapping[str, Tensor], sparsity: float
+    ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+        rule = self.rule
+        return select(
+            scores,
+            sparsity,
+            scope=rule.pruning_scope,
+            multiple_of=rule.round_multiplier if rule.pattern == "channelx1" else 1,
+            min_sparsity=rule.min_sparsity_ratio_per_op,
+            max_sparsity=rule.max_sparsity_ratio_per_op,
+        )
