@@ -17,7 +17,7 @@ from importlib.metadata import version as _version
 
 from slimkern import cpu
 from slimkern.auto_slim import model_slim, parse_auto_slim_config, prepare_pruning
-from slimkern.checkpoint import load, save
+from slimkern.checkpoint import CheckpointError, load, save
 from slimkern.config import WeightPruningConfig
 from slimkern.criteria import importance
 from slimkern.discovery import Discovery, Group, discover
@@ -28,6 +28,7 @@ from slimkern.surgery import SurgeryError, mask_, slim_
 __version__ = _version("slimkern")
 
 __all__ = [
+    "CheckpointError",
     "Discovery",
     "Group",
     "PlanEntry",
