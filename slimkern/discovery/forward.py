@@ -6,10 +6,9 @@ Nothing is computed and nothing of the model changes: what modules set on themse
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.nn.modules import module as module_hooks
 
 from slimkern.discovery.inputs import Inputs
 from slimkern.discovery.record import Trace
@@ -69,27 +67,18 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 now.update(before)
 
 
-@contextmanager
-def _module_stack(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Keeps the recorder's stack of module names, with hooks that are no part of the model."""
-    names = {id(m): n for n, m in model.named_modules()}
-    thread = threading.get_ident()
+def _inside(recorder: Recorder, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, the forward of the module ``name``, noting that the forward is there meanwhile."""
 
-    def enter(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == thread and id(module) in names:
-            recorder.stack.append(names[id(module)])
+    @wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        depth = len(recorder.stack)
+        recorder.stack.append(name)
+        out = run(*args, **kwargs)
+        del recorder.stack[depth:]  # where run raises, the stack goes on to tell the place
+        return out
 
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        if threading.get_ident() == thread and id(module) in names:
-            recorder.stack.pop()
-
-    before = module_hooks.register_module_forward_pre_hook(enter)
-    after = module_hooks.register_module_forward_hook(leave)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
+    return forward
 
 
 def observe(model: nn.Module, inputs: Inputs) -> Trace:
@@ -150,16 +139,21 @@ def forward(
         torch.backends.mha.set_fastpath_enabled(False)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            if any("_orig_mod" in m._modules for m in model.modules()):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             args, kwargs = inputs.materialize(mode)
             recorder.begin((args, kwargs))
             stack.enter_context(_restored(model))
-            stack.enter_context(_module_stack(model, recorder))
             if mode is not None:
                 stack.enter_context(mode)
             change()
-            for name, run in linears.items():
-                module = model.get_submodule(name)
-                module.__dict__["forward"] = partial(recorder.linear, name, run)
+            for name, module in model.named_modules():
+                run = linears.get(name)
+                module.__dict__["forward"] = (
+                    partial(recorder.linear, name, run)
+                    if run is not None
+                    else _inside(recorder, name, module.forward)
+                )
             stack.enter_context(recorder)
             return model(*args, **kwargs)
     finally:

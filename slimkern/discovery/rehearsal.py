@@ -21,6 +21,9 @@ from slimkern.discovery.inputs import Inputs
 from slimkern.discovery.record import Step, Trace
 from slimkern.discovery.trace import Recorder
 
+# What a forward raises when a size does not fit it.
+_FAILURES = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 def rehearse(model: nn.Module, inputs: Inputs, trace: Trace, found: Discovery) -> Discovery:
     """``found`` without the groups that a smaller forward speaks against; these are refused."""
@@ -54,7 +57,7 @@ def _differences(
     change = partial(_shrink, model, trace, groups)
     try:
         forward(model, inputs, recorder, linears, fake=trace.fake, change=change)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except _FAILURES as error:
         failure = f"the forward fails with fewer units, {recorder.here()}: {_first_line(error)}"
     blame: dict[str, str] = {}
     for i, (before, after) in enumerate(zip(trace.steps, recorder.steps)):

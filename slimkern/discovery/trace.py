@@ -185,8 +185,12 @@ class Tracer(Recorder):
         return self.new_bit()
 
 
-# Operations that fake tensors themselves call now and then: no steps of the model.
-_SILENT = {"detach", "alias", "lift_fresh", "device"}
+# Operations that compute nothing: which of them run depends on strides (``contiguous``), and fake
+# tensors call some themselves now and then.
+_SILENT = {
+    "detach", "alias", "lift_fresh", "device", "clone", "view", "_unsafe_view", "_reshape_alias",
+    "expand", "permute", "transpose", "t", "squeeze", "unsqueeze",
+}  # fmt: skip
 # Types of arguments that say where, not how much.
 _PLACES = {"int", "SymInt", "bool", "Optional[int]", "Optional[SymInt]", "Optional[bool]"}
 
