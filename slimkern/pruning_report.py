@@ -50,7 +50,7 @@ class PruningReport:
         widths = [max(len(r[i]) for r in rows) for i in range(6)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
         lines.append(
-            f"step {self.step} of {self.last_step}, "
+            f"step {self.step} (last cut at {self.last_step}): "
             f"{self.sparsity.total:.2%} of the weights in these groups removed"
         )
         return "\n".join(lines + [f"note: {n}" for n in self.notes])

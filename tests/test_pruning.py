@@ -484,4 +484,4 @@ def test_the_report_prints_what_is_kept_and_where_the_run_stands():
     lines = str(report).splitlines()
     assert lines[0].split() == ["group", "kind", "kept", "of", "sparsity", "target"]
     assert lines[1].split() == ["0.fc2", "ffn", "32", "64", "0.5000", "0.5000"]
-    assert lines[-1] == "step 4 of 4, 50.00% of the weights in these groups removed"
+    assert lines[-1] == "step 4 (last cut at 4): 50.00% of the weights in these groups removed"
