@@ -5,7 +5,7 @@
 #
 #   examples/run_auto_slim.sh                                     # all-MiniLM-L6-v2 on STS-B
 #   MODEL=BAAI/bge-small-en-v1.5 examples/run_auto_slim.sh        # any model folder or hub name
-#   EPOCHS=3 OUTPUT=quick examples/run_auto_slim.sh --threads 2   # more options go to the command
+#   EPOCHS=6 OUTPUT=quick examples/run_auto_slim.sh --threads 2   # more options go to the command
 #
 # TRAIN, EVAL and TEST take files of your own (csv, tsv, jsonl, parquet); COLUMNS_ARE then names
 # their columns where they have unusual names: COLUMNS_ARE="--sentence1 left --label similarity".

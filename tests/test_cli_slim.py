@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,7 @@ def test_interrupt_and_go_on(files, tmp_path):
         ([*CUT, "--distill", "hiden=2"], "'hiden=2' is not NAME=NUMBER"),
         ([*CUT, "--distill", "hidden=-2"], "hidden is -2.0; accepted: at least 0"),
         ([*CUT, "--epochs", "0"], "epochs is 0"),
+        ([*CUT, "--task", "regression"], "has no trained head"),
         ([*CUT, "--cooldown-epochs", "9"], "cooldown_epochs=9"),
         ([*CUT, "--teacher", "nowhere"], "nowhere"),
         ([*CUT, "--delimiter", "::"], "--delimiter is '::'"),
@@ -179,3 +181,21 @@ def test_bad_score_is_named_with_its_line(files, tmp_path):
     done = slim(dict(files, train=str(path)), tmp_path / "run", *CUT, "--task", "regression")
     assert done.exit_code == 2
     assert "line 3: the score 'x' is not a number" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize("script", ["run_auto_slim.sh", "run_ffn_slim_pipeline.sh"])
+def test_examples(files, tmp_path, script):
+    path = Path(__file__).resolve().parents[1] / "examples" / script
+    variables = {"MODEL": "model", "TRAIN": "train", "EVAL": "dev", "TEST": "test"}
+    ours = {name: files[key] for name, key in variables.items()}
+    ours |= {"EPOCHS": "5", "OUTPUT": str(tmp_path / "run")}
+    ours["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = ["--round-multiplier", "1", "--threads", "1"]
+    done = subprocess.run(
+        [str(path), *options], env={**os.environ, **ours}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    layers = json.loads((tmp_path / "run" / "results.json").read_text())["layers"]
+    kept = {kind: {row["kept"] for row in layers if row["kind"] == kind} for kind in ("ffn", "mha")}
+    heads = {2} if script == "run_auto_slim.sh" else set()
+    assert kept == {"ffn": {13}, "mha": heads}  # 64 - int(0.8 * 64), 4 - int(0.6 * 4)

@@ -98,7 +98,10 @@ def test_fresh_regression_head_starts_at_the_mean(folder):
     assert model.classifier.bias.item() == 2.5
     model.classifier.bias.data.fill_(7.0)
     model.save_pretrained(folder / "with_head")
-    assert RegressionTask(mean=2.5).load_model(str(folder / "with_head")).classifier.bias == 7.0
+    again = RegressionTask(mean=2.5).load_model(str(folder / "with_head"), trained=True)
+    assert again.classifier.bias == 7.0
+    with pytest.raises(ValueError, match=r"classifier\.bias.* fine-tune it first"):
+        RegressionTask(mean=2.5).load_model(str(folder), trained=True)
 
 
 def test_classes_keep_their_names(folder):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -118,7 +119,7 @@ class Run:
             return
         if settings is not None:
             set_seed(settings.seed)  # A fresh head is drawn before the Trainer seeds.
-        model = self.load(self.settings.model)
+        model = self.load(self.settings.model, trained=settings is None)
         if settings is not None:
             scratch = self.folder / "training" / "dense"
             best = self._keep_best(scratch)
@@ -145,8 +146,9 @@ class Run:
         teacher = None
         if settings.weights.needs_teacher:
             with self.display.stage("run the teacher over the training rows") as bar:
+                dense: nn.Module = self.load(str(self.teacher_folder))
                 teacher = Teacher(
-                    self.load(str(self.teacher_folder)),
+                    dense.to(_device()),
                     self.task,
                     self.rows["train"],
                     hidden_states=settings.weights.hidden > 0,
@@ -177,7 +179,7 @@ class Run:
             self.display.line(f"note: {note}")
         self.history = trainer.state.log_history
         slim.pruning.remove()
-        return model
+        return model.cpu()
 
     def predictions(self, models: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
         """``{split: {model: predictions}}`` of the evaluation splits."""
@@ -190,14 +192,14 @@ class Run:
                     result[name][label] = predict(model, self.task, rows, progress=bar)
         return result
 
-    def load(self, source: str) -> PreTrainedModel:
+    def load(self, source: str, trained: bool = True) -> PreTrainedModel:
         """The dense model of a folder or hub name, for the run's task.
 
         Raises:
-            RunError: it can't be loaded.
+            RunError: it can't be loaded, or is to be ``trained`` and has no trained head.
         """
         try:
-            return self.task.load_model(source)
+            return self.task.load_model(source, trained)
         except (OSError, ValueError) as error:
             raise RunError(f"MODEL {source!r} could not be loaded: {error}") from error
 
@@ -224,9 +226,14 @@ class Run:
             trainer.add_callback(stop)
             trainer.add_callback(ShowProgress(bar, self.display, self.task.statistics[-1]))
             trainer.train(resume_from_checkpoint=last)
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        if stop.requested:
             raise InterruptedRunError
         best.restore(model)
+
+
+def _device() -> torch.device:
+    """Where the Trainer will put the student: the teacher goes there too."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _copy_pooling(source: Path, target: Path) -> None:

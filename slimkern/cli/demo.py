@@ -106,7 +106,7 @@ def _bi_encoder(model: Path, full: bool, seed: int) -> RunSettings:
         dense=TrainingSettings(
             epochs=1, learning_rate=3e-5, warmup=0.1, weight_decay=0.01, seed=seed
         ),
-        slim=TrainingSettings(epochs=epochs, learning_rate=5e-4, dropout=False, seed=seed),
+        slim=TrainingSettings(epochs=epochs, learning_rate=4e-4, dropout=False, seed=seed),
         weights=DistillationWeights(),
         # The sparsity is reached after a third of the training: what is left recovers, at a
         # learning rate that is still high and at the slim model's price.
@@ -143,8 +143,8 @@ def _cross_encoder(model: Path, full: bool, seed: int) -> RunSettings:
         dense=TrainingSettings(learning_rate=1e-4, **common),
         slim=TrainingSettings(learning_rate=3e-4, dropout=False, **common),
         weights=DistillationWeights(task=0, hidden=2, embedding=0, similarity=0, score=0),
-        warm_epochs=epochs / 13,
-        cooldown_epochs=epochs * 3 / 13,
+        warm_epochs=1 if full else 0.2,
+        cooldown_epochs=3 if full else 1.5,
         pruning=_pruning(frequency=500 if full else 50),
     )
 

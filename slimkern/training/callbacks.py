@@ -51,6 +51,7 @@ class KeepBest(TrainerCallback):
             if kept["step"] <= state.global_step:
                 self.best, self.best_epoch = kept["score"], kept["epoch"]
                 self.epochs_since = round((state.epoch or 0.0) - kept["epoch"])
+                control.should_training_stop = self._out_of_patience()
 
     def on_epoch_end(
         self,
@@ -75,8 +76,11 @@ class KeepBest(TrainerCallback):
             write_state({**entry, "model": dict(model.state_dict())}, self.folder, "best")
         else:
             self.epochs_since += 1
-        if self.patience is not None and self.epochs_since >= self.patience:
+        if self._out_of_patience():
             control.should_training_stop = True
+
+    def _out_of_patience(self) -> bool:
+        return self.patience is not None and self.epochs_since >= self.patience
 
     def restore(self, model: nn.Module) -> float | None:
         """Load the best epoch's weights; returns its score, ``None`` where no epoch counted."""

@@ -43,8 +43,17 @@ class Task(ABC):
     default_weights: DistillationWeights
 
     @abstractmethod
-    def load_model(self, source: str) -> PreTrainedModel:
-        """The dense model from a folder or a hub name."""
+    def load_model(self, source: str, trained: bool = False) -> PreTrainedModel:
+        """The dense model from a folder or a hub name.
+
+        Args:
+            source: folder or hub name.
+            trained: refuse a model whose head would be drawn at random.
+
+        Raises:
+            OSError: there is no such model, or it can't be read.
+            ValueError: ``trained``, and the head is not among the weights.
+        """
 
     @abstractmethod
     def encode(

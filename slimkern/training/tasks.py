@@ -47,8 +47,8 @@ class EmbeddingTask(Task):
         self.scale = float(scale)
         self.pooling = pooling
 
-    def load_model(self, source: str) -> PreTrainedModel:
-        """As :meth:`Task.load_model`."""
+    def load_model(self, source: str, trained: bool = False) -> PreTrainedModel:
+        """As :meth:`Task.load_model`; an embedding model has no head."""
         return AutoModel.from_pretrained(source)
 
     def encode(
@@ -110,12 +110,9 @@ class RegressionTask(Task):
     def __init__(self, mean: float = 0.0) -> None:
         self.mean = float(mean)
 
-    def load_model(self, source: str) -> PreTrainedModel:
+    def load_model(self, source: str, trained: bool = False) -> PreTrainedModel:
         """As :meth:`Task.load_model`."""
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, problem_type="regression", output_loading_info=True
-        )
-        fresh = set(info["missing_keys"])
+        model, fresh = _load_with_head(source, trained, num_labels=1, problem_type="regression")
         for name, parameter in model.named_parameters():
             if name in fresh and name.endswith("bias") and parameter.shape == (1,):
                 nn.init.constant_(parameter, self.mean)
@@ -166,16 +163,17 @@ class ClassificationTask(Task):
             raise ValueError(f"classification needs at least 2 labels, got {list(names)}")
         self.names = tuple(names)
 
-    def load_model(self, source: str) -> PreTrainedModel:
+    def load_model(self, source: str, trained: bool = False) -> PreTrainedModel:
         """As :meth:`Task.load_model`."""
         labels = dict(enumerate(self.names))
-        return AutoModelForSequenceClassification.from_pretrained(
+        return _load_with_head(
             source,
+            trained,
             num_labels=len(self.names),
             id2label=labels,
             label2id={name: i for i, name in labels.items()},
             problem_type="single_label_classification",
-        )
+        )[0]
 
     def encode(
         self, pairs: Sequence[data.Pair], tokenizer: Any, max_length: int, path: str | Path
@@ -201,6 +199,18 @@ class ClassificationTask(Task):
     ) -> dict[str, Tensor]:
         """As :meth:`Task.distillation_losses`."""
         return {"score": class_loss(student, teacher)} if weights.score else {}
+
+
+def _load_with_head(source: str, trained: bool, **config: Any) -> tuple[PreTrainedModel, set[str]]:
+    """A model with a classification head, and the names of the weights drawn at random."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        source, output_loading_info=True, **config
+    )
+    fresh = set(info["missing_keys"])
+    if trained and fresh:
+        names = ", ".join(sorted(fresh))
+        raise ValueError(f"it has no trained head ({names} would be random): fine-tune it first")
+    return model, fresh
 
 
 def read_pooling(source: str) -> str:

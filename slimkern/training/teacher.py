@@ -62,7 +62,7 @@ class Teacher:
         """The dense outputs of a batch, as :meth:`Task.run` gives them."""
         indices = batch["sequences"]
         if self.hidden_states and self._tokens is None:
-            return self.task.run(self.model, batch, hidden_states=True)
+            return self.task.run(self.model.to(indices.device), batch, hidden_states=True)
         device = indices.device
         vectors = self._vectors[indices.cpu()].to(device)
         if self._tokens is None:
