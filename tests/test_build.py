@@ -73,6 +73,31 @@ def test_kernels_neither_allocate_nor_throw(objects):
             assert not re.search(r"_Znw|malloc|__cxa", output_of("nm", str(path))), name
 
 
+ROOMS = {  # a file, or all files of a folder -> what it may include
+    "dtypes.h": {"<cstdint>"},
+    "kernel_table.h": {"<cstdint>", '"dtypes.h"'},
+    "parallel.h": {"<cstdint>", "<omp.h>"},
+    "isa.h": {'"kernel_table.h"'},
+    "simd": {"<immintrin.h>", "<cstdint>", '"dtypes.h"'},
+    "kernels": {"<cstdint>", '"kernel_table.h"'},
+}
+
+
+def test_csrc_includes_stay_in_their_rooms():
+    for path in (ROOT / "csrc").rglob("*.*"):
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT / "csrc").as_posix()
+        room = ROOMS.get(name) or ROOMS.get(name.split("/")[0])
+        if room is not None:
+            assert set(re.findall(r"#include (\S+)", text)) <= room, name
+        if path.suffix != ".md":
+            assert ("pybind11" in text) <= (name == "bindings.cpp"), name
+            assert ("#pragma omp" in text) <= (name == "parallel.h"), name
+        if name.startswith(("simd/", "kernels/")):
+            assert "std::" not in text, name
+            assert "namespace {" in text, name
+
+
 def test_each_target_gets_its_files():
     x86 = {path.name for path in setup.sources("x86_64-linux-gnu")}
     arm = setup.sources("aarch64-linux-gnu")

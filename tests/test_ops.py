@@ -24,6 +24,7 @@ from op_cases import (
 
 from slimkern.ops import check_index, indexed_linear
 from slimkern.ops.indexed_linear import cpu, reference
+from slimkern.ops.indexed_linear.api import BACKENDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 DTYPE_IDS = ["fp32", "bf16", "fp64"]
@@ -243,7 +244,6 @@ I3 = torch.tensor([0, 2, 4])
         ((X, W, B, I3[None]), ValueError, r"rows has shape \(1, 3\); accepted: one dimension"),
         ((X, W, B, torch.arange(6)), ValueError, r"rows has 6 entries; accepted: at most 5"),
         ((X, W.to("meta")), ValueError, r"weight is on meta; accepted: cpu"),
-        ((X.to("meta"), W.to("meta")), ValueError, r"x is on device 'meta'; accepted: cpu, cuda"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):
@@ -254,6 +254,18 @@ def test_errors_name_the_argument(arguments, error, message):
 def test_backend_errors():
     with pytest.raises(ValueError, match="backend is 'gpu'; accepted: None, reference, cpu"):
         indexed_linear(X, W, backend="gpu")
+    with pytest.raises(ValueError, match="backend 'cpu' runs on cpu; x is on 'meta'"):
+        indexed_linear(X.to("meta"), W.to("meta"), backend="cpu")
+    with pytest.raises(ValueError, match="x is on device 'mps'; accepted: cpu, cuda, meta"):
+        BACKENDS.choose(None, torch.device("mps"))
+
+
+def test_meta_tensors_give_shapes():
+    weight = torch.empty(5, 6, device="meta", requires_grad=True)
+    y = indexed_linear(torch.empty(2, 4, 6, device="meta"), weight, None, I3.to("meta"))
+    assert (y.shape, y.device.type) == ((2, 4, 3), "meta")
+    y.sum().backward()
+    assert weight.grad.shape == weight.shape
 
 
 @pytest.mark.parametrize("bad", [[0, 2, 9], [-1, 2, 3], [2, 2, 3], [3, 1, 2], [0, 1, 5]])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("slimkern", "DEF")
-_DEVICES = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",)}
+_DEVICES = {"reference": ("cpu", "cuda", "meta"), "cpu": ("cpu",), "triton": ("cuda",)}
 
 
 @dataclass(frozen=True)

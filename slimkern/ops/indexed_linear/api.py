@@ -10,7 +10,9 @@ from torch import Tensor
 
 from slimkern.ops._registry import Backends, define_op
 
-BACKENDS = Backends(__package__, default={"cpu": "reference", "cuda": "triton"})
+BACKENDS = Backends(
+    __package__, default={"cpu": "reference", "cuda": "triton", "meta": "reference"}
+)
 
 
 def _fake_fwd(
@@ -114,8 +116,9 @@ def indexed_linear(
     in the dtype of the parameters.
 
     The *values* of ``rows`` and ``cols`` are not checked here, because that would stop a GPU on
-    every call: `check_index` does it, once, where masks are set. Given others than sorted unique
-    indices in range, the result is undefined (backend ``cpu`` raises `IndexError`).
+    every call: `check_index` does it, once, where masks are set. An index as long as its dimension
+    is taken for "all"; another one that is not sorted, unique and in range makes backend ``cpu``
+    raise `IndexError`, and is undefined on the others.
 
     Args:
         x: [..., C].
@@ -133,7 +136,7 @@ def indexed_linear(
         TypeError: a dtype does not fit.
     """
     name = BACKENDS.choose(backend, x.device)
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, rows, cols)
     if rows is not None and rows.shape[0] == weight.shape[0]:
