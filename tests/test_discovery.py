@@ -9,8 +9,11 @@ import tiny_models as tm
 import torch
 from exactness import assert_deletion_is_exact, first_output
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slimkern.discovery import discover
+from slimkern.plan import PlanEntry, SlimPlan
+from slimkern.surgery import mask_, slim_
 
 ATTENTION = {name: ("eager",) if name == "mpnet" else ("eager", "sdpa") for name in tm.FAMILIES}
 CASES = [
@@ -131,6 +134,33 @@ def test_meta_device_model():
     assert [g.name for g in found] == ["2"]
 
 
+def test_model_of_fake_tensors():
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7))
+    assert [g.name for g in discover(model, torch.zeros(2, 6))] == ["2"]
+
+
+@pytest.mark.parametrize("name", tm.FAMILIES)
+def test_a_masked_model_reads_like_the_dense_one(name):
+    model = tm.FAMILIES[name]("ForSequenceClassification")
+    found = discover(model)
+    plan = SlimPlan(tuple(PlanEntry(g, tuple(range(0, g.num_units, 2))) for g in found))
+    mask_(model, plan)
+    assert discover(model) == found
+    slim_(model, plan)
+    assert [g.num_units for g in discover(model)] == [g.num_units // 2 for g in found]
+    assert not discover(model).refused
+
+
+def test_compiled_models_are_read_without_compiling():
+    model = tm.FAMILIES["bert"]()
+    expected = discover(model)
+    names = [g.name for g in discover(torch.compile(model))]
+    assert names == [f"_orig_mod.{g.name}" for g in expected]
+    model.encoder.layer[1] = torch.compile(model.encoder.layer[1])
+    assert len(discover(model)) == len(expected)
+
+
 # ------------------------------------------------ deleting units changes nothing
 
 
@@ -142,14 +172,28 @@ def test_deletion_is_exact_in_every_family(name, attention):
         assert_deletion_is_exact(model, discover(model), lambda m: first_output(m(**inputs)))
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+ELSEWHERE = {
+    "llama": ("ForCausalLM", tm.LAYERS, tm.LAYERS),
+    "gptj": ("ForCausalLM", tm.LAYERS, tm.LAYERS),
+    "xlm": ("Model", tm.LAYERS, tm.LAYERS),
+    "t5": ("ForConditionalGeneration", 2 * tm.LAYERS, 2),
+    "bart": ("Model", 2 * tm.LAYERS, 2 * tm.LAYERS),
+    "vit": ("Model", tm.LAYERS, tm.LAYERS),
+    "deberta": ("Model", tm.LAYERS, 0),
+    "modernbert": ("Model", 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
 def test_deletion_is_exact_elsewhere(name):
-    task = {"llama": "Model", "t5": "EncoderModel", "vit": "Model"}[name]
+    task, ffn, mha = ELSEWHERE[name]
     model = tm.OTHERS[name](task, dtype=torch.float64)
     inputs = tm.text_inputs()
     if name == "vit":
         inputs = {"pixel_values": torch.randn(2, 3, 16, 16).double()}
-    groups = discover(model).groups
-    assert {g.kind for g in groups} == {"ffn", "mha"}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    found = discover(model)
+    assert kinds(found) == {"ffn": ffn, "mha": mha}
     with torch.no_grad():
-        assert_deletion_is_exact(model, groups, lambda m: first_output(m(**inputs)))
+        assert_deletion_is_exact(model, found, lambda m: first_output(m(**inputs)))

@@ -318,6 +318,28 @@ def test_attention_of_a_model_nobody_has_heard_of():
         assert_deletion_is_exact(model, found, lambda m: m(X))
 
 
+@pytest.mark.parametrize("kernel", ["efficient", "flash", "cudnn", "flash_for_cpu"])
+def test_every_fused_attention_is_read(kernel):
+    ops = torch.ops.aten
+    run = {
+        "efficient": lambda q, k, v: ops._scaled_dot_product_efficient_attention(
+            q, k, v, None, False
+        ),
+        "flash": lambda q, k, v: ops._scaled_dot_product_flash_attention(q, k, v),
+        "cudnn": lambda q, k, v: ops._scaled_dot_product_cudnn_attention(q, k, v, None, False),
+        "flash_for_cpu": lambda q, k, v: ops._scaled_dot_product_flash_attention_for_cpu(q, k, v),
+    }[kernel]
+
+    class Fused(Attention):
+        def forward(self, x):
+            q, k, v = (p(x).unflatten(-1, (-1, 4)).transpose(1, 2) for p in self.ins)
+            return self.out(run(q, k, v)[0].transpose(1, 2).flatten(2))
+
+    (group,) = discover(Fused(), X).groups
+    assert (group.kind, group.num_units) == ("mha", 3)
+    assert [m.role for m in group.producers] == ["query", "key", "value"]
+
+
 @pytest.mark.parametrize(
     ("options", "inputs", "reason"),
     [

@@ -87,6 +87,24 @@ OTHERS: dict[str, Callable[..., Any]] = {
         "T5", "T5Config", d_model=HIDDEN, num_heads=HEADS, d_kv=HEAD_DIM, d_ff=FFN,
         num_layers=LAYERS, decoder_start_token_id=0,
     ),
+    "gptj": _hugging_face(
+        "GPTJ", "GPTJConfig", n_embd=HIDDEN, n_head=HEADS, n_inner=FFN, n_layer=LAYERS,
+        n_positions=40, rotary_dim=4, bos_token_id=0, eos_token_id=1,
+    ),
+    "xlm": _hugging_face(
+        "XLM", "XLMConfig", emb_dim=HIDDEN, n_heads=HEADS, n_layers=LAYERS,
+        max_position_embeddings=40,
+    ),
+    "bart": _hugging_face(
+        "Bart", "BartConfig", d_model=HIDDEN, encoder_layers=LAYERS, decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=FFN,
+        decoder_ffn_dim=FFN, max_position_embeddings=40,
+    ),
+    "deberta": _hugging_face(
+        "DebertaV2", "DebertaV2Config", **_SIZES, relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+    ),
+    "modernbert": _hugging_face("ModernBert", "ModernBertConfig", **_SIZES),
     "vit": _hugging_face(
         "ViT", "ViTConfig", **{k: v for k, v in _SIZES.items() if "position" not in k},
         image_size=16, patch_size=8,

@@ -6,6 +6,7 @@ Nothing is computed and nothing of the model changes: what modules set on themse
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -25,6 +26,9 @@ from slimkern.discovery.inputs import Inputs
 from slimkern.discovery.record import Trace
 from slimkern.discovery.trace import Recorder, Tracer, is_masked
 
+# Prints a traceback before a fake operation raises; the exception itself is enough.
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+# Raised where a forward asks a fake tensor for its values.
 _NEEDS_VALUES = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -81,6 +85,12 @@ def _inside(recorder: Recorder, name: str, run: Callable[..., Any]) -> Callable[
     return forward
 
 
+def _mode(model: nn.Module) -> FakeTensorMode:
+    """The mode that a model made of fake tensors belongs to, or a new one."""
+    fakes = (p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor))
+    return next(fakes, None) or FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def observe(model: nn.Module, inputs: Inputs) -> Trace:
     """Trace one forward.
 
@@ -132,11 +142,12 @@ def forward(
     Raises:
         whatever the model's forward raises.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
+    fused, muted = torch.backends.mha.get_fastpath_enabled(), _LOGGER.disabled
     buffers = [] if fake else [(b, b.clone()) for b in model.buffers()]
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    mode = _mode(model) if fake else None
     try:
         torch.backends.mha.set_fastpath_enabled(False)
+        _LOGGER.disabled = True
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if any("_orig_mod" in m._modules for m in model.modules()):
@@ -158,6 +169,7 @@ def forward(
             return model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+        _LOGGER.disabled = muted
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -103,3 +103,11 @@ def unknown(op: Op) -> list[Dim]:
     """An operation without a rule mixes whatever it is given."""
     op.mix(d for v in op.operands for d in v.dims)
     return op.plain()
+
+
+def repeats(value: Value, dim: int) -> bool:
+    """Whether a dimension is one entry shown many times (``expand``).
+
+    Such entries go with any number of units; that their number follows a cut, the rehearsal sees.
+    """
+    return value.tensor.stride(dim) == 0 and not axes(value.dims[dim])

@@ -80,7 +80,7 @@ class Trace:
         foreign: modules that multiply by a matrix but are no plain linear: name -> reason.
         params: the axis of each dimension of each other parameter: (name, dimension) -> axis.
         products: factor pairs of two activations that were contracted with each other (queries
-            with keys).
+            with keys), each with the axes that the activation no longer shows.
         carried: dimensions that a product of two activations carries along (the values').
         steps: all operations in order, linears as one each.
         last: linears that reach the outputs with no other linear after them, as bits.

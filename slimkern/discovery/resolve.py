@@ -79,7 +79,7 @@ class _Resolver:
         live = extent(unit)
         size = extent(call.taken) // live
         num_units = call.module.in_features // size
-        attention = any(self._roles(m) for m in makers)
+        attention = any(self._role(m) for m in makers)
         if attention:
             members = self._heads(unit, makers, takers, params)
         else:
@@ -134,9 +134,9 @@ class _Resolver:
             for other in self._sharing(unit):
                 shorter = shorter[: _common(shorter, other)]
             if not shorter:
-                raise _Refused(
-                    f"its input features are those of {names}, but not in the same order"
-                )
+                parts = any(m.out.size > extent(digits) for d in made for m in self.makers[d])
+                why = "a part of them (a fused projection)" if parts else "not in the same order"
+                raise _Refused(f"its input features are those of {names}, but {why}")
             if shorter == unit:
                 return unit
             unit = shorter
@@ -184,21 +184,19 @@ class _Resolver:
             raise _Refused(f"between {_names(makers)} and it lies an attention with a single head")
         if size != 1 or any(m.out.size != live for m in makers):
             raise _Refused(
-                f"the features of {_names(makers)} can only be removed in blocks, outside an "
-                "attention that is recognised"
+                f"the features of {_names(makers)} can only be removed in blocks: a fused "
+                "projection or an attention of another kind"
             )
         return tuple(Member(m.name, 1, "producer") for m in makers)
 
-    def _roles(self, call: Call) -> set[str]:
-        """``query`` or ``key``, by the side of the product that the features are on."""
+    def _role(self, call: Call) -> str | None:
+        """``query`` or ``key``: on which side of a product its features come first."""
         mine = set(axes([call.out]))
-        roles = set()
         for left, right in self.trace.products:
-            if mine & set(axes(left)):
-                roles.add("query")
-            if mine & set(axes(right)):
-                roles.add("key")
-        return roles
+            sides = (bool(mine & set(axes(left))), bool(mine & set(axes(right))))
+            if sides[0] != sides[1]:
+                return "query" if sides[0] else "key"
+        return None
 
     def _heads(
         self, unit: Unit, makers: list[Call], takers: list[Call], params: Sequence[object]
@@ -218,10 +216,9 @@ class _Resolver:
             )
         members, sources = [], dict[str, set[int]]()
         for m in makers:
-            roles = self._roles(m)
-            role = roles.pop() if len(roles) == 1 else "producer"
-            if not roles and tuple(leaves([m.out])) in values and role == "producer":
-                role = "value"
+            role = self._role(m)
+            if role is None:
+                role = "value" if tuple(leaves([m.out])) in values else "producer"
             members.append(Member(m.name, m.out.size // live, role))
             sources.setdefault(role, set()).add(m.source)
         counts = [sum(m.role == r for m in members) for r in ("query", "key", "value")]

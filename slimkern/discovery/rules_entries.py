@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimkern.discovery.axes import Dim
-from slimkern.discovery.op import Op, Rule, rule
+from slimkern.discovery.op import Op, Rule, repeats, rule
 from slimkern.discovery.record import Value
 
 RULES: dict[str, Rule] = {}
@@ -20,6 +20,8 @@ def pointwise(op: Op) -> list[Dim]:
         for v in values:
             i = d - rank + len(v.dims)
             if i < 0 or v.tensor.shape[i] != op.out.shape[d] or op.out.shape[d] == 1:
+                continue
+            if len(values) > 1 and repeats(v, i):
                 continue
             dim = v.dims[i] if dim is None else op.meet(dim, v.dims[i], v, values)
         dims.append((int(op.out.shape[d]),) if dim is None else dim)

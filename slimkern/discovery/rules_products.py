@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from slimkern.discovery.axes import Dim, mix
-from slimkern.discovery.op import Op, Rule, rule
+from slimkern.discovery.op import Op, Rule, repeats, rule
 from slimkern.discovery.record import Value
 
 RULES: dict[str, Rule] = {}
@@ -21,7 +21,7 @@ def _contract(op: Op, a: Value, b: Value) -> list[Dim]:
             mix(dim, f"{factor.name!r} multiplies them outside a plain torch.nn.Linear ({kind})")
     op.mix([a.dims[-1], b.dims[-2]])
     if a.live and b.live:
-        op.tracer.trace.products.append((a.dims[-1], b.dims[-2]))
+        op.tracer.trace.products.append(((*a.dims[-1], *a.lost), (*b.dims[-2], *b.lost)))
         op.tracer.trace.carried.append((*a.dims[-2], *b.dims[-1]))
     batch = [op.meet(x, y, b, [b, a]) for x, y in zip(a.dims[:-2], b.dims[:-2])]
     return [*batch, a.dims[-2], b.dims[-1]]
@@ -53,20 +53,15 @@ def _attention(op: Op) -> list[Dim]:
     """Fused attention: ``softmax(q kᵀ + mask) v`` for each entry of the leading dimensions."""
     q, k, v = (op.of(n) for n in ("query", "key", "value"))
     op.mix([q.dims[-1], k.dims[-1], k.dims[-2], v.dims[-2]])
-    op.tracer.trace.products.append((q.dims[-1], k.dims[-1]))
+    op.tracer.trace.products.append(((*q.dims[-1], *q.lost), (*k.dims[-1], *k.lost)))
     op.tracer.trace.carried.append(v.dims[-1])
     lead = list(q.dims[:-2])
     masks = [op.args.get(n) for n in ("attn_mask", "attn_bias")]
     for other in [k, v, *(op.tracer.value(m) for m in masks if isinstance(m, Tensor))]:
         for d in range(len(lead)):
             i = d - q.tensor.dim()
-            if -i > other.tensor.dim() or other.tensor.shape[i] == 1 or _repeats(other, i):
+            if -i > other.tensor.dim() or other.tensor.shape[i] == 1 or repeats(other, i):
                 continue
             shared = q.tensor.shape[d] // other.tensor.shape[i]  # grouped-query attention
             lead[d] = op.meet(lead[d], (*other.dims[i], shared), other, [other, q])
     return [*lead, q.dims[-2], v.dims[-1]]
-
-
-def _repeats(value: Value, dim: int) -> bool:
-    """Whether a dimension is one entry shown many times (``expand``)."""
-    return value.tensor.shape[dim] > 1 and value.tensor.stride(dim) == 0
