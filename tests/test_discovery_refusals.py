@@ -67,6 +67,11 @@ EXACT = {
         {},
     ),
     "flattened batch": (lambda s, h, x: h.reshape(15, -1).tanh().reshape(3, 5, -1), {}),
+    "padded tokens": (lambda s, h, x: F.pad(h, (0, 0, 1, 2))[:, 1:6], {}),
+    "repeated batch": (lambda s, h, x: h.repeat(2, 1, 1)[:3], {}),
+    "masked tokens": (lambda s, h, x: h[x.sum(-1) > -99].view(3, 5, -1), {}),
+    "chosen tokens": (lambda s, h, x: h[torch.arange(3)], {}),
+    "top tokens": (lambda s, h, x: h.topk(5, dim=1).values, {}),
     "one scale for all": (lambda s, h, x: h * s.g, {"g": scale(1)}),
     "scale per token": (lambda s, h, x: h * x.mean(-1, keepdim=True), {}),
     "other dtype": (lambda s, h, x: h.float().tanh().double(), {}),
@@ -124,7 +129,11 @@ MIXED = {
     "permuted": (
         lambda s, h, x: h.unflatten(-1, (4, 6)).mT.flatten(-2), {}, "not in the same order",
     ),
-    "indexed": (lambda s, h, x: h[..., torch.arange(WIDTH)], {}, "takes a part"),
+    "padded": (lambda s, h, x: F.pad(h, (1, -1)), {}, "'constant_pad_nd'"),
+    "repeated": (lambda s, h, x: h.repeat(1, 1, 2), {"second": 48}, "'repeat'"),
+    "largest": (lambda s, h, x: h.topk(24, -1).values, {}, "'topk'"),
+    "masked": (lambda s, h, x: h[h.abs() > -1].view(3, 5, -1), {}, "'index'"),
+    "indexed": (lambda s, h, x: h[..., torch.arange(WIDTH)], {}, "'index'"),
     "convolution": (lambda s, h, x: s.c(h.mT).mT, {"c": nn.Conv1d(24, 24, 1)}, "'convolution'"),
     "recurrent": (lambda s, h, x: s.c(h)[0], {"c": nn.LSTM(24, 24, batch_first=True)}, "(LSTM)"),
     "buffer": (lambda s, h, x: h * s.g, {"g": torch.ones(WIDTH)}, "'g', which can't be cut"),
@@ -285,13 +294,20 @@ def test_attention_maps_as_outputs_forbid_cutting_heads():
     assert all("an output of the model" in r.reason for r in found.refused)
 
 
+def rotated(x):
+    """Complex rotary embedding over dim -2 (tokens) and -1 (channels of a head)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    angles = torch.outer(torch.arange(x.shape[-2]), torch.arange(pairs.shape[-1])).to(x.dtype)
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
 class Attention(nn.Module):
     """Self-attention by hand; ``fused``: one projection for query, key and value."""
 
-    def __init__(self, heads=3, head_dim=4, fused=False, other=False, mix=False):
+    def __init__(self, heads=3, head_dim=4, fused=False, other=False, mix=False, rope=False):
         super().__init__()
         width = heads * head_dim
-        self.heads, self.head_dim, self.other, self.mix = heads, head_dim, other, mix
+        self.head_dim, self.other, self.mix, self.rope = head_dim, other, mix, rope
         sizes = [3 * width] if fused else [width] * 3
         self.ins = nn.ModuleList(nn.Linear(10, n) for n in sizes)
         self.out = nn.Linear(width, 10)
@@ -301,14 +317,17 @@ class Attention(nn.Module):
         parts = [p(s) for p, s in zip(self.ins, sources)]
         parts = parts[0].chunk(3, -1) if len(parts) == 1 else parts
         q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in parts)
+        if self.rope:
+            q, k = rotated(q), rotated(k)
         scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(self.head_dim)
         if self.mix:
             scores = scores + scores.mean(1, keepdim=True)
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
-def test_attention_of_a_model_nobody_has_heard_of():
-    model = tm.randomize(Attention().double())
+@pytest.mark.parametrize("rope", [False, True])
+def test_attention_of_a_model_nobody_has_heard_of(rope):
+    model = tm.randomize(Attention(rope=rope).double())
     found = discover(model, X)
     (group,) = found.groups
     assert (group.kind, group.num_units, group.name) == ("mha", 3, "out")

@@ -91,7 +91,7 @@ def prepare(model: nn.Module, example_inputs: Any) -> Inputs:
             f"example_inputs: expected a tensor, a tuple or list of arguments or a mapping of "
             f"keyword arguments, got {type(example_inputs).__name__}"
         )
-    if "use_cache" in signature.parameters:
+    if "use_cache" in signature.parameters and len(args) < 2:
         kwargs.setdefault("use_cache", False)
     return Inputs(args, kwargs, device, dtype)
 

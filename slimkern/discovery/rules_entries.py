@@ -62,6 +62,13 @@ def _along(op: Op) -> list[Dim]:
     return dims
 
 
+@rule(RULES, "triu", "tril")
+def _triangle(op: Op) -> list[Dim]:
+    dims = list(op.of("self").dims)
+    op.mix(dims[-2:])
+    return dims
+
+
 @rule(RULES, "flip", "roll")
 def _reorder(op: Op) -> list[Dim]:
     """Operations that reorder the entries of some dimensions (all where none is named)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from slimkern.discovery.axes import Dim, mix, regroup
@@ -86,6 +87,33 @@ def several(op: Op, outs: list[Tensor]) -> list[list[Dim]]:
     return [[*rest[0], (int(t.shape[d]),), *rest[1]] for t in outs]
 
 
+@rule(RULES, "view_as_complex")
+def _complex(op: Op) -> list[Dim]:
+    *dims, parts = op.of("self").dims
+    op.mix([parts])
+    return dims
+
+
+@rule(RULES, "view_as_real")
+def _real(op: Op) -> list[Dim]:
+    return [*op.of("self").dims, (2,)]
+
+
+@rule(RULES, "constant_pad_nd", "repeat", "topk")
+def _resized(op: Op) -> list[Dim]:
+    """Operations that change the extent of some dimensions and keep the others as they are."""
+    value, dims = op.of("self"), op.plain()
+    chosen = op.args["dim"] % len(dims) - len(dims) if op.name == "topk" else None
+    for d in range(1, len(value.dims) + 1):
+        if value.tensor.shape[-d] != op.out.shape[-d] or -d == chosen:
+            op.mix([value.dims[-d]])
+        elif op.name != "constant_pad_nd" or not any(op.args["pad"][2 * d - 2 : 2 * d]):
+            dims[-d] = value.dims[-d]
+        else:
+            op.mix([value.dims[-d]])
+    return dims
+
+
 @rule(RULES, "cat", "stack")
 def _cat(op: Op) -> list[Dim]:
     rank, stacked = op.out.dim(), op.name == "stack"
@@ -124,14 +152,15 @@ def _embedding(op: Op) -> list[Dim]:
 def _index(op: Op) -> list[Dim]:
     """Indexing with tensors: the leading dimensions are looked up, the others stay."""
     dims, indices = list(op.of("self").dims), list(op.args["indices"])
-    used = [i for i, t in enumerate(indices) if t is not None]
-    for i in used:
-        op.part(dims[i])
-        op.mix(op.tracer.value(indices[i]).dims)
-    if used != list(range(len(used))):
-        unknown(op)
-        return op.plain()
-    kept = dims[len(used) :]
+    if None in indices[: len([i for i in indices if i is not None])]:
+        return unknown(op)
+    used = 0  # a mask takes as many dimensions as it has
+    for t in (i for i in indices if i is not None):
+        used += t.dim() if t.dtype in (torch.bool, torch.uint8) else 1
+        op.mix(op.tracer.value(t).dims)
+    for dim in dims[:used]:
+        op.part(dim)
+    kept = dims[used:]
     return [*op.plain()[: op.out.dim() - len(kept)], *kept]
 
 
