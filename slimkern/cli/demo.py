@@ -96,7 +96,7 @@ def _bi_encoder(model: Path, full: bool, seed: int) -> RunSettings:
     from slimkern.cli._run_folder import RunSettings
     from slimkern.training import DistillationWeights, TrainingSettings
 
-    epochs = 10 if full else 4
+    epochs = 10 if full else 6
     return RunSettings(
         model=str(model),
         task="embeddings",
