@@ -29,14 +29,15 @@ def pointwise(op: Op) -> list[Dim]:
 
 
 def _note_residual(op: Op, values: list[Value]) -> None:
-    """A sum of an activation and something computed from it by linears."""
+    """A sum of an activation and something that linears computed from it."""
     if op.name.rstrip("_") not in ("add", "sub", "rsub") or len(values) != 2:
         return
-    a, b = values
-    if not (a.live and b.live) or a.tensor.numel() != b.tensor.numel():
+    a, b = sorted(values, key=lambda v: v.made_by.bit_count())
+    if not (a.live and b.live) or a.tensor.numel() != b.tensor.numel() or a.made_by & ~b.made_by:
         return
-    nested = (a.made_by & b.made_by) in (a.made_by, b.made_by)
-    op.residual = nested and a.made_by != b.made_by
+    branch = b.made_by & ~a.made_by
+    sources = (s for bit, s in op.tracer.sources.items() if branch >> bit & 1)
+    op.residual = any(not a.made_by & ~source for source in sources)
     if op.residual:
         op.tracer.trace.joined |= a.last | b.last
 

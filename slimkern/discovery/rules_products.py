@@ -16,7 +16,7 @@ def _contract(op: Op, a: Value, b: Value) -> list[Dim]:
     for factor, dim in ((a, b.dims[-2]), (b, a.dims[-1])):
         if factor.name in op.tracer.parameters:
             owner, _, leaf = factor.name.rpartition(".")
-            op.bits |= 1 << op.tracer.matrix(owner, leaf)
+            op.bits |= 1 << op.tracer.matrix(owner, leaf, a.made_by | b.made_by)
             kind = type(op.tracer.modules[owner]).__name__
             mix(dim, f"{factor.name!r} multiplies them outside a plain torch.nn.Linear ({kind})")
     op.mix([a.dims[-1], b.dims[-2]])

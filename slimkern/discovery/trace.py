@@ -71,7 +71,7 @@ class Tracer(Recorder):
         self.trace = Trace(steps=self.steps)
         self.values: dict[int, Value] = {}
         self.by_storage: dict[int, list[Value]] = {}
-        self.bits = 0
+        self.sources: dict[int, int] = {}
         self.model = model
         self.modules = dict(model.named_modules())
         self.names: dict[int, str] = {}
@@ -133,10 +133,10 @@ class Tracer(Recorder):
         self.by_storage.setdefault(rules.storage(value.tensor), []).append(value)
         return value
 
-    def new_bit(self) -> int:
-        """A fresh bit for a linear (or another matrix product)."""
-        self.bits += 1
-        return self.bits - 1
+    def new_bit(self, source: int) -> int:
+        """A fresh bit for a linear (or another matrix product) of a value made by ``source``."""
+        self.sources[len(self.sources)] = source
+        return len(self.sources) - 1
 
     # -------------------------------------------------------------- operations
 
@@ -156,7 +156,7 @@ class Tracer(Recorder):
         out = super().linear(name, run, x)
         call.calls += 1
         if call.calls == 1:
-            call.index, call.out = self.new_bit(), Axis(int(out.shape[-1]))
+            call.index, call.out = self.new_bit(source.made_by), Axis(int(out.shape[-1]))
             call.taken, call.lost = source.dims[-1], source.lost
             call.source, call.fresh = source.made_by, source.last
         else:
@@ -175,14 +175,14 @@ class Tracer(Recorder):
             mix((f for d in value.dims for f in d), "they are an output of the model")
         return self.trace
 
-    def matrix(self, owner: str, param: str) -> int:
+    def matrix(self, owner: str, param: str, source: int) -> int:
         """Note a matrix product with a parameter that belongs to no plain linear."""
         module = self.modules[owner]
         kind = f"{type(module).__name__} is not supported: only a plain torch.nn.Linear is"
         if owner not in self.trace.linears:
             reason = f"{kind} (its {param!r} is a factor of a matrix product)"
             self.trace.foreign.setdefault(owner or param, reason)
-        return self.new_bit()
+        return self.new_bit(source)
 
 
 # Operations that compute nothing: which of them run depends on strides (``contiguous``), and fake
