@@ -101,16 +101,6 @@ def test_regression_with_the_reference_loss(files, tmp_path):
     assert results["size"]["slim_parameters"] < results["size"]["dense_parameters"]
 
 
-def test_same_seed_same_model(files, tmp_path):
-    weights = []
-    for name in ("a", "b"):
-        done = slim(files, tmp_path / name, *CUT, *FAST)
-        assert done.exit_code == 0, done.output
-        model = slimkern.load(tmp_path / name / "slim")
-        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
-    assert torch.equal(*weights)
-
-
 def test_interrupt_and_go_on(files, tmp_path):
     """Ctrl-C within the slimming: exit code 130, and the same command ends as if undisturbed."""
     more = [*CUT, "--epochs", "4", "--batch-size", "4", "--threads", "1"]
