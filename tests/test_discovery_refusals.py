@@ -387,6 +387,35 @@ def test_attention_that_is_refused(options, inputs, reason):
     assert any(reason in r.reason for r in found.refused), str(found)
 
 
+def test_a_matrix_that_is_no_linear_still_ends_the_head():
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.tail = tm.mlp(4, 6, 5), nn.Parameter(torch.ones(5, 3))
+
+        def forward(self, x):
+            return self.body(x) @ self.tail
+
+    (group,) = discover(Tail(), torch.zeros(2, 4)).groups
+    assert (group.name, group.is_head) == ("body.2", False)
+
+
+def test_keyword_calls_complex_constants_and_scripted_parts():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.script = torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.ReLU()))
+
+        def forward(self, x):
+            h = self.a(input=x) * torch.tensor(1j) * 2j
+            return self.b(input=h.abs()), self.script(x)
+
+    found = discover(Odd(), torch.zeros(2, 4))
+    assert [g.name for g in found] == ["b"]
+    assert "script.0" in {r.name for r in found.refused}
+
+
 def test_torch_encoder_is_read_as_far_as_it_goes():
     layer = nn.TransformerEncoderLayer(8, 2, 24, batch_first=True)
     found = discover(nn.TransformerEncoder(layer, 2), torch.zeros(2, 3, 8))

@@ -54,7 +54,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
     """What modules set on themselves in the meantime is undone; modules are in eval mode."""
     modules = list(model.modules())
     states = [dict(m.__dict__) for m in modules]
-    registries = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+    every = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+    registries = [d for d in every if isinstance(d, dict)]  # a scripted module's are its own
     entries = [dict(d) for d in registries]
     try:
         for m in modules:
@@ -153,6 +154,7 @@ def forward(
             if any("_orig_mod" in m._modules for m in model.modules()):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             args, kwargs = inputs.materialize(mode)
+            recorder.fake = fake
             recorder.begin((args, kwargs))
             stack.enter_context(_restored(model))
             if mode is not None:

@@ -67,7 +67,7 @@ class Step:
     """An operation as it was called: its name, the numbers it computes with, and the place."""
 
     name: str
-    numbers: tuple[float, ...]
+    numbers: tuple[complex, ...]
     place: str
 
 

@@ -32,7 +32,7 @@ RULES: dict[str, Rule] = {
 
 def apply(tracer: Tracer, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     """Work out what is known of the results of one operation."""
-    outs = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+    outs = _tensors(out if isinstance(out, (tuple, list)) else (out,))
     name = func._schema.name.split("::")[1]
     writes = func._schema.is_mutable
     if not (outs or writes or name in _READS):
@@ -65,7 +65,7 @@ def _record(op: Op, outs: list[Tensor], results: list[list[Dim]], writes: bool) 
         made_by, last, live = made_by | v.made_by, last | v.last, live or v.live
         lost |= v.lost
         lost.update(a for d in v.dims for a in axes(d))
-    last = 0 if op.residual else last
+    last = 0 if op.residual or op.bits else last
     name = operands[0].name if len(operands) == 1 and not live else ""
     for i, tensor in enumerate(outs):
         dims: list[Dim] = results[i] if i < len(results) else [(int(n),) for n in tensor.shape]

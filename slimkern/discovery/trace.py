@@ -23,6 +23,7 @@ class Recorder(TorchDispatchMode):
         steps: the operations so far.
         stack: names of the modules whose forward is running, outermost first.
         quiet: set while a linear runs, which is one step of its own.
+        fake: whether the forward runs on fake tensors.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class Recorder(TorchDispatchMode):
         self.steps: list[Step] = []
         self.stack: list[str] = []
         self.quiet = False
+        self.fake = True
 
     def here(self) -> str:
         """The place in the model where the forward is right now."""
@@ -38,11 +40,11 @@ class Recorder(TorchDispatchMode):
     def begin(self, inputs: Any) -> None:
         """The forward is about to run on ``inputs``."""
 
-    def linear(self, name: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def linear(self, name: str, run: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """The forward of the linear ``name``."""
         self.quiet = True
         try:
-            out = run(x)
+            out = run(input)
         finally:
             self.quiet = False
         self.steps.append(Step("linear", (), name))
@@ -55,9 +57,25 @@ class Recorder(TorchDispatchMode):
         if not self.quiet and isinstance(func, torch._ops.OpOverload):
             name = func._schema.name.split("::")[1]
             if name not in _SILENT:
-                self.steps.append(Step(name, _numbers(func, args, kwargs or {}), self.here()))
+                self.steps.append(Step(name, self._numbers(func, args, kwargs or {}), self.here()))
             self.follow(func, args, kwargs or {}, out)
         return out
+
+    def _numbers(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[complex, ...]:
+        """The numbers an operation computes with: scalars and constants, no sizes and indices."""
+        found: list[complex] = []
+        types = {a.name: str(a.type) for a in func._schema.arguments}
+        for name, value in [*zip(types, args), *kwargs.items()]:
+            if isinstance(value, Tensor) and self.fake:
+                known = value.constant if isinstance(value, FakeTensor) else value
+                if known is not None and known.numel() == 1 and type(known) is Tensor:
+                    with unset_fake_temporarily():
+                        found.append(complex(known))
+            elif isinstance(value, (int, float)) and types.get(name) not in _PLACES:
+                found.append(value)
+        return tuple(found)
 
     def follow(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """An operation has run."""
@@ -150,10 +168,10 @@ class Tracer(Recorder):
         """Carry the axes through an operation."""
         rules.apply(self, func, args, kwargs, out)
 
-    def linear(self, name: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def linear(self, name: str, run: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         """The forward of a plain linear: consumes its input's features, starts a new axis."""
-        call, source = self.trace.linears[name], self.value(x)
-        out = super().linear(name, run, x)
+        call, source = self.trace.linears[name], self.value(input)
+        out = super().linear(name, run, input)
         call.calls += 1
         if call.calls == 1:
             call.index, call.out = self.new_bit(source.made_by), Axis(int(out.shape[-1]))
@@ -193,21 +211,6 @@ _SILENT = {
 }  # fmt: skip
 # Types of arguments that say where, not how much.
 _PLACES = {"int", "SymInt", "bool", "Optional[int]", "Optional[SymInt]", "Optional[bool]"}
-
-
-def _numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, ...]:
-    """The numbers that an operation computes with: scalars and constants, no sizes and indices."""
-    found: list[float] = []
-    types = {a.name: str(a.type) for a in func._schema.arguments}
-    for name, value in [*zip(types, args), *kwargs.items()]:
-        if isinstance(value, Tensor):
-            known = value.constant if isinstance(value, FakeTensor) else value
-            if known is not None and known.numel() == 1 and type(known) is Tensor:
-                with unset_fake_temporarily():
-                    found.append(float(known))
-        elif isinstance(value, (int, float)) and types.get(name) not in _PLACES:
-            found.append(float(value))
-    return tuple(found)
 
 
 def is_masked(module: nn.Module) -> bool:
