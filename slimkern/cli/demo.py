@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from slimkern.cli._run_folder import RunSettings, Split
 
 FFN_SPARSITY, MHA_SPARSITY = 0.8, 0.6
+_SMOKE_ROWS = {"train": 512, "dev": 200, "test": 200}
 
 
 class Protocol(str, Enum):
@@ -27,6 +28,9 @@ def demo(
     ] = Path("slimkern-demo"),
     full: Annotated[
         bool, typer.Option("--full", help="Train until it no longer improves on dev.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A few rows and steps: shows that everything works.")
     ] = False,
     protocol: Annotated[
         Protocol, typer.Option(help="Sentence embeddings, or the reference recipe on pairs.")
@@ -53,6 +57,8 @@ def demo(
     """
     from slimkern.cli._session import check_teacher, session
 
+    if full and smoke:
+        raise typer.BadParameter("accepted: --full or --smoke, not both", param_hint="--smoke")
     check_teacher(teacher)
     with session(threads, output) as display:
         from slimkern.cli._finish import complete
@@ -63,7 +69,10 @@ def demo(
 
         with display.stage("provide model and data"):
             files = fetch_demo_files(cache)
-        splits = {name: _split(name, getattr(files, name)) for name in ("train", "dev", "test")}
+        splits = {
+            name: _split(name, getattr(files, name), _SMOKE_ROWS[name] if smoke else None)
+            for name in ("train", "dev", "test")
+        }
         task: Task
         if protocol is Protocol.bi_encoder:
             task, settings = EmbeddingTask(scale=5.0), _bi_encoder(files.model_dir, full, seed)
@@ -71,7 +80,7 @@ def demo(
             gold = [float(pair.label) for pair in splits["train"].pairs]
             task = RegressionTask(mean=sum(gold) / len(gold))
             settings = _cross_encoder(files.model_dir, full, seed)
-        settings = _with_teacher(settings, teacher)
+        settings = _with_teacher(_shortened(settings) if smoke else settings, teacher)
         run = Run(output, settings, task, splits, display)
         run.name = "all-MiniLM-L6-v2"
         run.prepare(overwrite)
@@ -87,6 +96,7 @@ def demo(
                 "splits": {name: len(split.pairs) for name, split in splits.items()},
                 "note": "gold scores from 0 to 5; epochs are chosen on dev, test is only reported",
             },
+            notes=["a smoke run on a few rows: its scores mean nothing"] if smoke else [],
         )
         summarize(results, output)
 
@@ -166,10 +176,25 @@ def _with_teacher(settings: RunSettings, teacher: Path | None) -> RunSettings:
     return replace(settings, teacher=str(teacher), dense=None)
 
 
-def _split(name: str, path: Path) -> Split:
+def _shortened(settings: RunSettings) -> RunSettings:
+    """A few dozen steps of the same run, masks and all: its scores mean nothing."""
+    from dataclasses import replace
+
+    assert settings.dense is not None, "the demo trains its teacher"
+    return replace(
+        settings,
+        dense=replace(settings.dense, epochs=1),
+        slim=replace(settings.slim, epochs=2),
+        warm_epochs=0.1,
+        cooldown_epochs=1.0,
+        pruning=_pruning(frequency=4),
+    )
+
+
+def _split(name: str, path: Path, rows: int | None = None) -> Split:
     from slimkern.cli._run_folder import Split
     from slimkern.cli.fetch import read_stsb
     from slimkern.training.data import Pair
 
-    rows = enumerate(read_stsb(path), start=1)
-    return Split(name, str(path), [Pair(a, b, gold, line) for line, (a, b, gold) in rows])
+    numbered = enumerate(read_stsb(path)[:rows], start=1)
+    return Split(name, str(path), [Pair(a, b, gold, line) for line, (a, b, gold) in numbered])
