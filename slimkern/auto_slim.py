@@ -17,15 +17,11 @@ from torch import nn
 from slimkern.config import KEYS, PATTERNS, PruningRule, WeightPruningConfig, check_known
 from slimkern.discovery import discover
 from slimkern.discovery.groups import Discovery
+from slimkern.masks import carried_masks, masked_beside, masked_plan
 from slimkern.plan import SlimPlan, plan_from_zeros
 from slimkern.pruning import Pruning
-from slimkern.surgery import slim_, unmasked
-from slimkern.targets import described, reasons, targets
-
-_KIND = {"channelx1": "ffn", "mha": "mha"}
-_WHAT = {"ffn": "FFN (two linears with elementwise operations between)", "mha": "self-attention"}
-
-_SHOWN = 12  # refusals in an error message
+from slimkern.surgery import slim_, uncompiled, unmasked
+from slimkern.targets import described, entry_for, reasons, targets
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +73,13 @@ def parse_auto_slim_config(
             rules[pattern] = PruningRule.from_values(values)
     if not rules:
         return []
-    found = discover(model, _example_inputs(model, dataloader))
+    model = uncompiled(model)
+    found = _discover(model, dataloader)
     configs = []
     for pattern, rule in rules.items():
         groups, _ = targets(model, found, rule)
-        names: dict[str, Any] = {"op_names": [g.name for g in groups], "pattern": pattern}
+        names: dict[str, Any] = {"op_names": [entry_for(g.name) for g in groups]}
+        names["pattern"] = pattern
         options = {k: v for k, v in kwargs.items() if k != "op_names"}
         configs.append({**names, "target_sparsity": rule.target_sparsity, **options})
     return configs
@@ -102,7 +100,8 @@ def prepare_pruning(
     changed when this raises.
 
     Args:
-        model: the model; it may carry masks already, which stay.
+        model: the model; it may carry masks already, which stay (zeros that are no masks are
+            trained like any weight). Of a compiled model, the module inside is pruned.
         config: what :func:`parse_auto_slim_config` returned, one such dictionary, or a
             :class:`WeightPruningConfig`.
         optimizer: the optimizer whose steps count. It may be left out only where every rule prunes
@@ -134,6 +133,7 @@ def prepare_pruning(
                 f"pattern={rule.pattern!r} is not supported yet; supported are 'channelx1' (whole "
                 f"FFN channels) and 'mha' (whole heads)"
             )
+    model = uncompiled(model)
     found = _discover(model, dataloader)
     chosen, notes = [], []
     owner: dict[str, int] = {}
@@ -179,20 +179,22 @@ def model_slim(
         the model.
 
     Raises:
-        ValueError: nothing was found that could ever be removed, or the only zeros are where a
-            removal would not be exact; nothing has been changed then.
+        ValueError: nothing was found that could ever be removed, the only zeros are where a
+            removal would not be exact, masks are there whose layers are not found, or the
+            optimizer is not the model's; nothing has been changed then.
     """
     if round_multiplier < 1:
         raise ValueError(f"round_multiplier must be at least 1, got {round_multiplier}")
+    given, model = model, uncompiled(model)
     found = _discover(model, dataloader)
     if not found.groups:
         raise ValueError(f"nothing can be removed from this {described(model)}\n{reasons(found)}")
-    masks: SlimPlan = vars(model).get("mask_plan", SlimPlan(()))
-    masked = {e.group.name for e in masks.entries if e.sparsity}
+    masks = _masks(model, found)
+    masked = {e.group.name for e in masks}
     zeros = plan_from_zeros(
         model, [g for g in found.groups if g.name not in masked], round_multiplier
     )
-    by_name = {e.group.name: e for e in (*masks.entries, *zeros.entries) if e.sparsity}
+    by_name = {e.group.name: e for e in (*masks, *zeros) if e.sparsity}
     order = {g.name: i for i, g in enumerate(found.groups)}
     entries = sorted(by_name.values(), key=lambda e: order.get(e.group.name, len(order)))
     stuck = _refused_zeros(model, found)
@@ -205,19 +207,33 @@ def model_slim(
             "model_slim: none of the %d groups has a masked or zero unit; the model is unchanged",
             len(found.groups),
         )
-        return model
+        return given
     before = sum(p.numel() for p in model.parameters())
     slim_(model, SlimPlan(tuple(entries), zeros.notes), optimizer)
     after = sum(p.numel() for p in model.parameters())
     logger.info("model_slim: %d groups cut, %d -> %d parameters", len(entries), before, after)
-    return model
+    return given
 
 
 def _discover(model: nn.Module, dataloader: Iterable[Any] | None) -> Discovery:
     """The groups of a model, dense or masked, at their full sizes."""
-    masks: SlimPlan = vars(model).get("mask_plan", SlimPlan(()))
-    with unmasked(model, [e.group for e in masks.entries]):
+    with unmasked(model, [e.group for e in carried_masks(model)]):
         return discover(model, _example_inputs(model, dataloader))
+
+
+def _masks(model: nn.Module, found: Discovery) -> SlimPlan:
+    """All masks of a model; a mask that can't be told of which group it is raises."""
+    noted = carried_masks(model)
+    names = {e.group.name for e in noted}
+    read = masked_plan(model, [g for g in found.groups if g.name not in names])
+    plan = SlimPlan((*noted.entries, *read.entries))
+    loose = masked_beside(model, plan)
+    if loose:
+        raise ValueError(
+            f"{loose[0]!r} ({len(loose)} in all) is masked with layers that are not found in this "
+            f"{described(model)}: slim the model that was pruned\n{reasons(found)}"
+        )
+    return plan
 
 
 def _example_inputs(model: nn.Module, dataloader: Iterable[Any] | None) -> Any:
@@ -241,9 +257,9 @@ def _example_inputs(model: nn.Module, dataloader: Iterable[Any] | None) -> Any:
 
 def _refused_zeros(model: nn.Module, found: Discovery) -> list[str]:
     """Refused linears that read columns which are all zero: somebody wanted those to go."""
-    lines = []
+    lines, modules = [], dict(model.named_modules())
     for refusal in found.refused:
-        module = model.get_submodule(refusal.name)
+        module = modules.get(refusal.name)  # or a parameter's name
         if isinstance(module, nn.Linear) and bool((module.weight == 0).all(0).any()):
             lines.append(f"  refused {refusal.name}: {refusal.reason}")
     return lines

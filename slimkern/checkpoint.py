@@ -17,7 +17,6 @@ RoBERTa, XLM-R, ELECTRA, DistilBERT, MPNet) reads it; they would build layers of
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimkern import skeleton
-from slimkern.discovery.groups import Group
 from slimkern.folders import copy_companions, sha256, whole_folder
-from slimkern.plan import PlanEntry, SlimPlan
-from slimkern.surgery import SurgeryError, is_masked, slim_
+from slimkern.masks import is_masked
+from slimkern.plan import SlimPlan, compose, within
+from slimkern.surgery import SurgeryError, slim_, uncompiled
 
 CONFIG_FILE, PLAN_FILE = "config.json", "slim_plan.json"
 PLAIN_WEIGHTS, SLIM_WEIGHTS = "model.safetensors", "slim.safetensors"
@@ -54,7 +53,8 @@ def save(
     that :func:`load` could not read is never left behind.
 
     Args:
-        model: a slim model: what ``slim_``, ``model_slim`` or :func:`load` returned.
+        model: a slim model: what ``slim_``, ``model_slim`` or :func:`load` returned. Of a compiled
+            model, the module inside is saved.
         folder: the folder to create. It must not exist, or be empty, unless ``overwrite``.
         source: the folder whose tokenizer and other files go with it; by default the folder, or
             the cached files of the hub name, that the model was loaded from.
@@ -69,6 +69,7 @@ def save(
         FileExistsError: the folder is there.
         FileNotFoundError: ``source`` is no folder.
     """
+    model = uncompiled(model)
     if is_masked(model):
         raise CheckpointError(
             "the model is masked: its weights are still full size. Call slimkern.model_slim(model) "
@@ -77,22 +78,8 @@ def save(
     folder, plan = Path(folder), _plan_of(model)
     companions = _source_folder(model, source)
     tensors, tied = _tensors(model)
-    buffers: dict[str, Tensor] = {}
-    config: dict[str, Any] = {"architectures": [type(model).__name__]}
-    about: dict[str, Any] = {"version": _VERSION, "weights": SLIM_WEIGHTS, "tied": tied}
-    if skeleton.is_hugging_face(model):
-        described = skeleton.describe(model, plan)
-        if described is None:
-            raise CheckpointError(
-                f"this {type(model).__name__} is not its dense architecture cut by its plan "
-                f"({len(plan)} groups): save the module that was slimmed, or one that contains it"
-            )
-        config, dense, plain, twin = described
-        buffers = skeleton.differing_buffers(model, twin)
-        about["weights"] = PLAIN_WEIGHTS if plain else SLIM_WEIGHTS
-        about["dense"] = dense
-        about["attention"] = getattr(model.config, "_attn_implementation", None)
-    about["buffers"] = sorted(buffers)
+    config, about, buffers = _description(model, plan)
+    about["tied"] = tied
     replaces = (CONFIG_FILE, PLAN_FILE) if overwrite else None
     with whole_folder(folder, replaces) as fresh:
         save_file(tensors, fresh / about["weights"], metadata={"format": "pt"})
@@ -100,11 +87,38 @@ def save(
         if buffers:
             save_file(buffers, fresh / BUFFERS_FILE, metadata={"format": "pt"})
         (fresh / PLAN_FILE).write_text(plan.to_json() + "\n", encoding="utf-8")
+        about["plan_sha256"] = sha256(fresh / PLAN_FILE)
         text = json.dumps({**config, _KEY: about}, indent=2, sort_keys=True)
         (fresh / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         if companions is not None:
-            copy_companions(companions, fresh)
+            copy_companions(companions, fresh, other=PLAN_FILE)
     return folder
+
+
+def _description(
+    model: nn.Module, plan: SlimPlan
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """The configuration, what :func:`load` needs besides, and the buffers that it could not know.
+
+    Raises:
+        CheckpointError: the model is not what would be loaded.
+    """
+    about: dict[str, Any] = {"version": _VERSION, "weights": SLIM_WEIGHTS, "buffers": []}
+    if not skeleton.is_hugging_face(model):
+        return {"architectures": [type(model).__name__]}, about, {}
+    described = skeleton.describe(model, plan)
+    if described is None:
+        raise CheckpointError(
+            f"this {type(model).__name__} is not its dense architecture cut by its plan "
+            f"({len(plan)} groups): save the module that was slimmed, or one that contains it"
+        )
+    config, dense, plain, twin = described
+    buffers = skeleton.differing_buffers(model, twin)
+    about["weights"] = PLAIN_WEIGHTS if plain else SLIM_WEIGHTS
+    about["dense"] = dense
+    about["attention"] = getattr(model.config, "_attn_implementation", None)
+    about["buffers"] = sorted(buffers)
+    return config, about, buffers
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -150,39 +164,22 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not built:
         slim_(model, plan)
     skeleton.fill(model, tensors, buffers, about["tied"])
+    if built:
+        # As after from_pretrained: a later save finds the tokenizer and the other files there.
+        model.config._name_or_path = str(folder)  # type: ignore[union-attr]
     return model.eval() if built else model
 
 
 def _plan_of(model: nn.Module) -> SlimPlan:
     """The plans that ``slim_`` left on the model and on modules inside it, as one plan."""
-    entries: list[PlanEntry] = []
-    notes: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        plan = vars(module).get("slim_plan")
-        if isinstance(plan, SlimPlan):
-            entries += [PlanEntry(_moved(e.group, name), e.keep) for e in plan.entries]
-            notes += plan.notes
+    plan = SlimPlan(())
     try:
-        return SlimPlan(tuple(entries), notes)
+        # From the inside: a module was slimmed before it was put into another.
+        for name, module in reversed(list(model.named_modules())):
+            plan = compose(plan, within(vars(module).get("slim_plan", SlimPlan(())), name))
     except ValueError as error:
         raise CheckpointError(f"the model and a module in it were slimmed apart: {error}") from None
-
-
-def _moved(group: Group, prefix: str) -> Group:
-    """The group with the names it has in the model that contains ``prefix``."""
-    if not prefix:
-        return group
-    within = f"{prefix}."
-    return replace(
-        group,
-        name=within + group.name,
-        producers=tuple(replace(m, name=within + m.name) for m in group.producers),
-        consumers=tuple(replace(m, name=within + m.name) for m in group.consumers),
-        between=tuple(replace(b, name=within + b.name) for b in group.between),
-        attributes=tuple(
-            replace(a, module=within + a.module if a.module else prefix) for a in group.attributes
-        ),
-    )
+    return plan
 
 
 def _source_folder(model: nn.Module, source: str | Path | None) -> Path | None:
@@ -229,7 +226,8 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _class_of(config: dict[str, Any]) -> Any:
     """transformers' class that a configuration names."""
-    name = (config.get("architectures") or ["?"])[0]
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "?"
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -256,7 +254,8 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Sli
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         about = config.pop(_KEY)
         version, weights = about["version"], about["weights"]
-        types = (about["sha256"], str), (about["tied"], dict), (about["buffers"], list)
+        types = [(about["sha256"], str), (about["tied"], dict), (about["buffers"], list)]
+        types += [(about.get("dense", {}), dict), *((v, str) for v in about["tied"].values())]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged: {error!r}") from error
     if version != _VERSION:
@@ -267,6 +266,9 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Sli
         plan = SlimPlan.from_json((folder / PLAN_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{folder / PLAN_FILE} is damaged: {error}") from error
+    digest = sha256(folder / PLAN_FILE)
+    if about.get("plan_sha256", digest) != digest:
+        raise CheckpointError(f"{folder / PLAN_FILE}: not the file that was saved (SHA-256)")
     return config, about, plan
 
 

@@ -68,12 +68,13 @@ def whole_folder(folder: Path, replaces: tuple[str, ...] | None = None) -> Itera
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
+def copy_companions(source: Path, target: Path, other: str) -> list[str]:
     """Copy tokenizer, vocabulary, pooling and other files of a model's folder, not its weights.
 
     Files that ``target`` already has stay as they are. Weights are left behind at the top level
     only (a pooling or projection module in a subfolder keeps its own), pickles everywhere, hidden
-    files and what training leaves everywhere.
+    files and what training leaves everywhere. A subfolder with a file ``other`` is left behind
+    too: a slim model that was saved there.
 
     Returns:
         the paths copied, relative to ``target``.
@@ -82,7 +83,9 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     for base, folders, files in os.walk(source):
         here = Path(base)
         skip = _PICKLES + _TRAINING + (_WEIGHTS if here == source else ())
-        folders[:] = sorted(f for f in folders if not _matches(f, _TRAINING))
+        folders[:] = sorted(
+            f for f in folders if not _matches(f, _TRAINING) and not (here / f / other).exists()
+        )
         for name in sorted(files):
             relative = (here / name).relative_to(source)
             if _matches(name, skip) or (target / relative).exists():

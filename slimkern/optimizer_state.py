@@ -10,6 +10,20 @@ from torch import Tensor, nn
 Steps = list[tuple[int, Tensor]]
 
 
+def check_owner(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer that holds none of a model's parameters.
+
+    Raises:
+        ValueError: it trains another model, or this one's parameters were exchanged before.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in parameters):
+        raise ValueError(
+            "optimizer= holds none of the model's parameters: it would train nothing of it; give "
+            "the one that was made from model.parameters() of this model"
+        )
+
+
 def check_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Refuse an optimizer whose state can't be cut with its parameters.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from slimkern.discovery.groups import Group
+from slimkern.discovery.groups import Group, Kind
 from slimkern.selection import round_width, select
 
 _FORMAT, _VERSION = "slimkern-plan", 1
@@ -106,25 +106,82 @@ class SlimPlan:
                 )
             entries = []
             for row in data["groups"]:
+                _check_row(row)
                 keep = tuple(int(i) for i in row.pop("keep"))
                 entries.append(PlanEntry(Group.from_dict(row), keep))
+            if not all(isinstance(note, str) for note in data["notes"]):
+                raise ValueError(f"not a slimkern plan: notes are {data['notes']!r}")
             return cls(tuple(entries), tuple(data["notes"]))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a slimkern plan: {error!r}") from error
+
+
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("name", "module", "role"), str),
+    **dict.fromkeys(("num_units", "unit_size", "per_unit", "dim"), int),
+    **dict.fromkeys(("producers", "consumers", "between", "attributes", "keep"), list),
+    "is_head": bool,
+}
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Refuse values in a group's JSON data that are of another type, or no size."""
+    for key, value in row.items():
+        wrong = key in _TYPES and type(value) is not _TYPES[key]
+        wrong |= type(value) is int and value < (key != "dim")
+        wrong |= key == "kind" and value not in get_args(Kind)
+        wrong |= key == "keep" and not all(type(i) is int for i in value)
+        if wrong:
+            raise ValueError(f"not a slimkern plan: {key} is {value!r}")
+        if isinstance(value, list) and key != "keep":
+            for inner in value:
+                _check_row(inner)
 
 
 def compose(first: SlimPlan, then: SlimPlan) -> SlimPlan:
     """The plan that does in one cut what ``first`` and, on its result, ``then`` do.
 
     Kept indices of the result are those of the original layers.
+
+    Raises:
+        ValueError: ``then`` speaks of a layer of another width than ``first`` leaves.
     """
     later = {e.group.name: e for e in then.entries}
     entries = []
     for entry in first.entries:
         second = later.pop(entry.group.name, None)
+        if second is not None and second.group.num_units != len(entry.keep):
+            raise ValueError(
+                f"{entry.group.name!r}: one plan leaves {len(entry.keep)} units, the next speaks "
+                f"of {second.group.num_units}; what came between is not in these plans"
+            )
         keep = entry.keep if second is None else tuple(entry.keep[i] for i in second.keep)
         entries.append(PlanEntry(entry.group, keep))
     return SlimPlan((*entries, *later.values()), first.notes + then.notes)
+
+
+def within(plan: SlimPlan, prefix: str) -> SlimPlan:
+    """The plan with the names that its modules have in a model that contains theirs as ``prefix``.
+
+    ``""`` is the model itself, and changes nothing.
+    """
+    if not prefix:
+        return plan
+    dot = f"{prefix}."
+
+    def moved(group: Group) -> Group:
+        return replace(
+            group,
+            name=dot + group.name,
+            producers=tuple(replace(m, name=dot + m.name) for m in group.producers),
+            consumers=tuple(replace(m, name=dot + m.name) for m in group.consumers),
+            between=tuple(replace(b, name=dot + b.name) for b in group.between),
+            attributes=tuple(
+                replace(a, module=dot + a.module if a.module else prefix) for a in group.attributes
+            ),
+        )
+
+    return SlimPlan(tuple(PlanEntry(moved(e.group), e.keep) for e in plan.entries), plan.notes)
 
 
 def make_plan(

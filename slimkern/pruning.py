@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from slimkern.config import PruningRule
 from slimkern.criteria import scored_members
 from slimkern.discovery.groups import Group
+from slimkern.masks import masked_plan
 from slimkern.nn import MaskedLinear
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.pruning_report import GroupReport, PruningReport, Sparsity
-from slimkern.surgery import mask_, masked_plan, zero_masked_columns
+from slimkern.surgery import mask_, zero_masked_columns
 from slimkern.track import Track
 
 
@@ -66,8 +67,7 @@ class Pruning:
         self._check_optimizer(optimizer)
         self._sizes = {n: _elements(model, g) for n, g in self._groups.items()}
         self._keep = {n: tuple(range(g.num_units)) for n, g in self._groups.items()}
-        for entry in masked_plan(model, self._groups.values()):
-            self._keep[entry.group.name] = entry.keep
+        self._read_masks(self._groups.values())
         self._handles: list[Any] = []
         self._skipped = self._over = False
         for track in self._tracks:
@@ -257,8 +257,13 @@ class Pruning:
         self._over = True
         return True
 
+    def _read_masks(self, groups: Iterable[Group]) -> None:
+        masks = masked_plan(self.model, groups)
+        self._keep.update({e.group.name: e.keep for e in masks})
+
     def _cut(self, track: Track) -> None:
         """Select anew at the sparsity of this step, and mask what goes."""
+        self._read_masks(track.groups)  # the user, or another Pruning, may have masked more
         keep = track.choose(self.step, self._weights, self._keep)
         moved = [g for g in track.groups if keep[g.name] != self._keep[g.name]]
         mask_(self.model, SlimPlan(tuple(PlanEntry(g, keep[g.name]) for g in moved)))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from slimkern.cuts import SurgeryError, check_parameters, cut, cuts_of, spread
 from slimkern.discovery.groups import Group, Member
+from slimkern.masks import carried_masks, masked_plan
 from slimkern.nn import MaskedLinear
-from slimkern.optimizer_state import check_state, move_state
+from slimkern.optimizer_state import check_owner, check_state, move_state
 from slimkern.plan import PlanEntry, SlimPlan, compose
 
 # Sizes that a module states about its own parameters: (class, parameter, dim) -> attribute.
@@ -37,7 +38,8 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
     consumers' columns of masked units are set to zero, so that a plain save of the model *is* the
     masked model. Where a per-unit parameter lies between, producers stay complete. Calling it
     again replaces the masks of the groups that the plan names; a plan that keeps everything
-    lifts them (the zeros remain). The masks are left on the model as ``model.mask_plan``.
+    lifts them (the zeros remain, in plain linears). The masks are left on the model as
+    ``model.mask_plan``.
 
     Args:
         model: the model, changed in place.
@@ -47,11 +49,10 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
         the model.
 
     Raises:
-        SurgeryError: a module of the plan is missing, is no plain linear or has another size;
-            nothing has been changed then.
+        SurgeryError: a module of the plan is missing, is no plain linear or has another size, or
+            a parameter of it is tied to one that would stay; nothing has been changed then.
     """
-    for entry in plan.entries:
-        _check_entry(model, entry)
+    _checked_cuts(model, plan)
     for entry in plan.entries:
         group, keep = entry.group, torch.tensor(entry.keep)
         whole = len(entry.keep) == group.num_units
@@ -68,23 +69,18 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
             index = spread(keep, member.unit_size, linear.weight.device)
             linear.rows = None if whole else index
         _set_counts(model, entry)
+    _release(model, plan)
     _remember(model, plan.entries)
     return model
 
 
-def _remember(model: nn.Module, entries: Iterable[PlanEntry], forget: Iterable[str] = ()) -> None:
-    """Keep ``model.mask_plan`` up to date: the groups that are masked, for who did not mask them.
-
-    Integer attributes follow the masks, so that the groups can't be read off a masked model.
-    """
-    earlier: SlimPlan = vars(model).get("mask_plan", SlimPlan(()))
-    named = {e.group.name: e for e in (*earlier.entries, *entries)}
-    for name in forget:
-        named.pop(name, None)
-    if named:
-        model.mask_plan = SlimPlan(tuple(named.values()))  # type: ignore[assignment]
-    else:
-        vars(model).pop("mask_plan", None)
+def _remember(model: nn.Module, entries: Iterable[PlanEntry] = ()) -> None:
+    """Keep ``model.mask_plan`` up to date, for :func:`carried_masks` to find."""
+    groups = {e.group.name: e.group for e in (*carried_masks(model), *entries)}
+    plan = masked_plan(model, groups.values())
+    vars(model).pop("mask_plan", None)
+    if plan.entries:
+        model.mask_plan = plan  # type: ignore[assignment]
 
 
 def zero_masked_columns(linear: MaskedLinear) -> None:
@@ -98,44 +94,37 @@ def zero_masked_columns(linear: MaskedLinear) -> None:
         linear.weight.masked_fill_(dead, 0)
 
 
-def masked_plan(model: nn.Module, groups: Iterable[Group]) -> SlimPlan:
-    """The masks that a model carries, as a plan: an entry for each group that is masked."""
-    entries = []
-    for group in groups:
-        first = group.consumers[0]
-        linear = model.get_submodule(first.name)
-        if isinstance(linear, MaskedLinear) and linear.cols is not None:
-            keep = linear.cols[:: first.unit_size] // first.unit_size
-            entries.append(PlanEntry(group, tuple(keep.tolist())))
-    return SlimPlan(tuple(entries))
-
-
-def is_masked(model: nn.Module) -> bool:
-    """Whether any module of the model is in the masked state."""
-    return any(isinstance(m, MaskedLinear) for m in model.modules())
-
-
 @contextmanager
-def unmasked(model: nn.Module, groups: Iterable[Group] = ()) -> Iterator[nn.Module]:
-    """For the time of a ``with``: a masked model computing densely, its zeros in place.
+def unmasked(model: nn.Module, groups: Iterable[Group]) -> Iterator[nn.Module]:
+    """For the time of a ``with``: these groups of a masked model compute densely, zeros in place.
 
-    The outputs are those of the masked model. Masks come back at the end, whatever happens.
-    Integer attributes that count units are dense meanwhile when their groups are given.
+    The outputs are those of the masked model. Masks and the integer attributes that count units
+    come back at the end, whatever happens.
     """
-    masks = {m: (m.rows, m.cols) for m in model.modules() if isinstance(m, MaskedLinear)}
+    groups = tuple(groups)
+    sides = [(m, "rows") for g in groups for m in g.producers]
+    sides += [(m, "cols") for g in groups for m in g.consumers]
+    linears = [(model.get_submodule(m.name), side) for m, side in sides]
+    masks = [(x, s, getattr(x, s)) for x, s in linears if isinstance(x, MaskedLinear)]
     counts = [(model.get_submodule(a.module), a, g) for g in groups for a in g.attributes]
     before = [getattr(module, a.name) for module, a, _ in counts]
     try:
-        for linear in masks:
-            linear.rows = linear.cols = None
+        for linear, side, _ in masks:
+            setattr(linear, side, None)
         for module, a, group in counts:
             setattr(module, a.name, a.per_unit * group.num_units)
         yield model
     finally:
-        for linear, (rows, cols) in masks.items():
-            linear.rows, linear.cols = rows, cols
+        for linear, side, index in masks:
+            setattr(linear, side, index)
         for (module, a, _), value in zip(counts, before):
             setattr(module, a.name, value)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` returned, which computes with it; or the model."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 def slim_(
@@ -157,17 +146,15 @@ def slim_(
         the model.
 
     Raises:
-        SurgeryError: the plan does not fit, or a parameter can't be cut; nothing has been
-            changed then.
+        SurgeryError: the plan does not fit, or a parameter can't be cut.
+        ValueError: the optimizer is not the model's, or has state that can't be cut. In either
+            case nothing has been changed.
     """
-    cuts: dict[str, list[tuple[int, Tensor]]] = {}
-    for entry in plan.entries:
-        _check_entry(model, entry)
-        for name, dim, index in cuts_of(entry):
-            cuts.setdefault(name, []).append((dim, index))
-    named = dict(model.named_parameters(remove_duplicate=False))
-    check_parameters(named, cuts)
+    named, cuts = _checked_cuts(model, plan)
+    earlier: SlimPlan = vars(model).get("slim_plan", SlimPlan(()))
+    whole = compose(earlier, plan)
     if optimizer is not None:
+        check_owner(optimizer, model.parameters())
         check_state(optimizer, {named[name] for name in cuts})
     fresh = {name: cut(named[name], steps) for name, steps in cuts.items()}
     # From here on nothing can fail: every new tensor exists.
@@ -175,13 +162,18 @@ def slim_(
         _assign(model, name, parameter)
     if optimizer is not None:
         move_state(optimizer, {named[n]: (fresh[n], cuts[n]) for n in cuts})
+    for entry in plan.entries:
+        for members, side in ((entry.group.consumers, "cols"), (entry.group.producers, "rows")):
+            for member in members:
+                linear = model.get_submodule(member.name)
+                if isinstance(linear, MaskedLinear):
+                    setattr(linear, side, None)
     _release(model, plan)
-    _remember(model, (), forget=[e.group.name for e in plan.entries])
+    _remember(model)
     for entry in plan.entries:
         _set_counts(model, entry)
     _update_config(model, plan)
-    earlier = getattr(model, "slim_plan", None)
-    model.slim_plan = plan if earlier is None else compose(earlier, plan)  # type: ignore[assignment]
+    model.slim_plan = whole  # type: ignore[assignment]
     return model
 
 
@@ -201,6 +193,25 @@ def _linear(model: nn.Module, member: Member) -> nn.Linear:
     return module  # type: ignore[return-value]
 
 
+def _checked_cuts(
+    model: nn.Module, plan: SlimPlan
+) -> tuple[dict[str, nn.Parameter], dict[str, list[tuple[int, Tensor]]]]:
+    """The parameters by name, and the cuts that a plan means for them; or a refusal."""
+    if uncompiled(model) is not model:
+        raise SurgeryError(
+            "the model is what torch.compile returned: pass the module that was compiled "
+            "(model._orig_mod), with a plan for it; the compiled one follows"
+        )
+    cuts: dict[str, list[tuple[int, Tensor]]] = {}
+    for entry in plan.entries:
+        _check_entry(model, entry)
+        for name, dim, index in cuts_of(entry):
+            cuts.setdefault(name, []).append((dim, index))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    check_parameters(named, cuts)
+    return named, cuts
+
+
 def _check_entry(model: nn.Module, entry: PlanEntry) -> None:
     group = entry.group
     for dim, members in ((0, group.producers), (1, group.consumers)):
@@ -216,16 +227,22 @@ def _check_entry(model: nn.Module, entry: PlanEntry) -> None:
     for between in group.between:
         try:
             have = model.get_parameter(between.name).shape[between.dim]
-        except AttributeError as error:
-            raise SurgeryError(f"{between.name!r}: the model has no such parameter") from error
+        except (AttributeError, IndexError) as error:
+            raise SurgeryError(
+                f"{between.name!r}: the model has no such parameter with a dimension {between.dim}"
+            ) from error
         if have != group.num_units * between.unit_size:
             raise SurgeryError(
                 f"{between.name!r}: dimension {between.dim} has {have} entries, the plan speaks "
                 f"of {group.num_units} units of {between.unit_size}"
             )
-    for attribute in group.attributes:
-        if not isinstance(getattr(model.get_submodule(attribute.module), attribute.name), int):
-            raise SurgeryError(f"{attribute.module}.{attribute.name} is no integer")
+    for a in group.attributes:
+        try:
+            value = getattr(model.get_submodule(a.module), a.name)
+        except AttributeError:
+            value = None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise SurgeryError(f"{a.module}.{a.name}: the model has no such integer attribute")
 
 
 def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -238,16 +255,12 @@ def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def _release(model: nn.Module, plan: SlimPlan) -> None:
-    """Masked linears of the plan's groups become plain ones; their other side may stay masked."""
+    """Masked linears of the plan's groups that have no mask left become plain ones."""
     for entry in plan.entries:
-        sides = ((entry.group.consumers, "cols"), (entry.group.producers, "rows"))
-        for members, side in sides:
-            for member in members:
-                linear = model.get_submodule(member.name)
-                if isinstance(linear, MaskedLinear):
-                    setattr(linear, side, None)
-                    if linear.rows is None and linear.cols is None:
-                        linear.release()
+        for member in (*entry.group.consumers, *entry.group.producers):
+            linear = model.get_submodule(member.name)
+            if isinstance(linear, MaskedLinear) and linear.rows is None and linear.cols is None:
+                linear.release()
 
 
 def _set_counts(model: nn.Module, entry: PlanEntry) -> None:

@@ -41,6 +41,15 @@ def targets(
     return tuple(chosen), notes
 
 
+def entry_for(name: str) -> str:
+    """The ``op_names`` entry that means the module ``name`` alone: its name, if need be escaped."""
+    try:
+        re.compile(name)
+    except re.error:
+        return f"^{re.escape(name)}$"
+    return name
+
+
 def _hits(entries: Iterable[str], names: Iterable[str], modules: set[str]) -> bool:
     """Whether an entry means one of the names: the module and what is in it where it is a module's
     whole name, a regular expression searched in the names otherwise."""

@@ -14,7 +14,7 @@ from torch import nn
 from slimkern.auto_slim import model_slim, parse_auto_slim_config, prepare_pruning
 from slimkern.config import WeightPruningConfig
 from slimkern.discovery import discover
-from slimkern.surgery import is_masked
+from slimkern.masks import is_masked
 from tests.tiny_models import (
     FAMILIES,
     FFN,
@@ -465,3 +465,98 @@ def test_zeros_where_a_removal_would_not_be_exact_raise_when_there_is_nothing_el
     with pytest.raises(ValueError, match="can't be removed exactly\n  refused fc2"):
         model_slim(model, [torch.randn(3, 6)])
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_that_was_masked_within_another_or_holds_a_masked_one(family, inside):
+    model = FAMILIES[family]("ForSequenceClassification")
+    pruned, slimmed = (model.base_model, model) if inside else (model, model.base_model)
+    values = {"pruning_scope": "local", "end_step": 0, "pruning_type": "magnitude"}
+    config = parse_auto_slim_config(
+        pruned, ffn2_sparsity=0.65, mha_sparsity=0.5, round_multiplier=1, **values
+    )
+    prepare_pruning(pruned, config)
+    masked, dense = copy.deepcopy(model), FAMILIES[family]("ForSequenceClassification")
+    dense.load_state_dict(masked.state_dict())
+    assert model_slim(slimmed) is slimmed
+    assert not is_masked(model)
+    assert {len(e.keep) for e in slimmed.slim_plan if e.group.kind == "ffn"} == {FFN - 52}
+    assert_as_exact_as(model, masked, dense)
+    assert [g.num_units for g in discover(model) if g.kind == "mha"][:1] == [2]
+    text = repr(model)
+    model_slim(model)  # what was masked is not looked for any more
+    assert repr(model) == text
+
+
+def test_a_single_head_left_can_only_be_slimmed_where_it_was_masked():
+    model = FAMILIES["bert"]("ForSequenceClassification")
+    values = {"pruning_scope": "local", "end_step": 0, "pruning_type": "magnitude"}
+    prepare_pruning(model, parse_auto_slim_config(model, mha_sparsity=0.9, **values))
+    text = repr(model.bert)
+    with pytest.raises(ValueError, match="slim the model that was pruned"):
+        model_slim(model.bert)
+    assert repr(model.bert) == text
+    assert parse_auto_slim_config(model, mha_sparsity=0.5)
+    model_slim(model)
+    assert model.bert.encoder.layer[0].attention.self.num_attention_heads == 1
+
+
+def test_a_compiled_model_is_pruned_and_slimmed_by_what_is_inside():
+    model = FAMILIES["bert"]("ForSequenceClassification")
+    compiled = torch.compile(model, backend="eager")
+    values = {"pruning_scope": "local", "end_step": 1, "round_multiplier": 1}
+    config = parse_auto_slim_config(compiled, ffn2_sparsity=0.65, mha_sparsity=0.5, **values)
+    assert config == parse_auto_slim_config(model, ffn2_sparsity=0.65, mha_sparsity=0.5, **values)
+    pruning = prepared(compiled, config)
+    train(compiled, pruning.optimizer, 1)
+    masked, dense = copy.deepcopy(model), FAMILIES["bert"]("ForSequenceClassification")
+    dense.load_state_dict(masked.state_dict())
+    assert model_slim(compiled, optimizer=pruning.optimizer) is compiled
+    assert model.slim_plan["bert.encoder.layer.0.output.dense"].sparsity == 0.65
+    assert_as_exact_as(compiled, masked, dense)
+    train(compiled, pruning.optimizer, 1)
+
+
+def test_names_that_are_no_regular_expression():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("a(b", "a(b2"):
+                self.add_module(name, Gated(10, 64))
+            self.out = nn.Linear(10, 3)
+
+        def forward(self, x):
+            return self.out(torch.relu(self._modules["a(b2"](self._modules["a(b"](x))))
+
+    model, batches = Odd(), [torch.randn(4, 10)]
+    values = {"pruning_scope": "local", "end_step": 0, "pruning_type": "magnitude"}
+    config = parse_auto_slim_config(model, batches, ffn2_sparsity=0.5, **values)
+    pruning = prepare_pruning(model, config, dataloader=batches)
+    assert sorted(pruning.sparsity().groups) == ["a(b.down", "a(b2.down"]
+    config[0]["op_names"].pop()
+    pruning = prepare_pruning(Odd(), config, dataloader=batches)
+    assert sorted(pruning.sparsity().groups) == ["a(b.down"]
+
+
+def test_a_refused_parameter_of_the_model_itself_is_no_module():
+    class Rooted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(10))
+            self.body = Gated(10, 64)
+
+        def forward(self, x):
+            return self.body(x @ self.weight)
+
+    model = zeroed(Rooted(), "body.down", range(32))
+    model_slim(model, [torch.randn(4, 10)])
+    assert model.body.gate.out_features == 32
+
+
+def test_an_optimizer_of_another_model_is_refused_before_anything_changes():
+    model = zeroed(FAMILIES["bert"](), "encoder.layer.0.output.dense", range(48))
+    text = repr(model)
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        model_slim(model, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0))
+    assert repr(model) == text

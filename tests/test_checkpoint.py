@@ -207,6 +207,24 @@ def test_a_model_around_a_slim_one(tmp_path):
     assert all(e.group.name.startswith("bert.") for e in loaded.slim_plan.entries)
 
 
+def test_a_model_around_a_slim_one_is_slimmed_again(tmp_path):
+    model = tiny_models.FAMILIES["bert"]("ForSequenceClassification")
+    slim_(model.bert, uneven_plan(model.bert))
+    slim_(model, uneven_plan(model))
+    save(model, tmp_path / "slim")
+    assert_same(model, load(tmp_path / "slim"))
+    before = outputs(model)
+    with pytest.raises(ValueError, match="what came between is not in these plans"):
+        slim_(model.bert, uneven_plan(model.bert))
+    assert torch.equal(outputs(model), before)
+
+
+def test_of_a_compiled_model_the_module_inside_is_saved(tmp_path):
+    model = slimmed("bert")
+    save(torch.compile(model, backend="eager"), tmp_path / "slim")
+    assert_same(model, load(tmp_path / "slim"))
+
+
 def test_a_dense_model_is_saved_as_any(tmp_path):
     model = tiny_models.FAMILIES["bert"]()
     save(model, tmp_path / "dense")
@@ -310,6 +328,18 @@ DAMAGE = {
     "truncated weights": (lambda f: _truncate(f / "slim.safetensors"), "damaged"),
     "empty weights": (lambda f: (f / "slim.safetensors").write_bytes(b""), "damaged"),
     "flipped bit": (lambda f: _flip(f / "slim.safetensors"), "SHA-256"),
+    "another plan": (
+        lambda f: _edit(f / "slim_plan.json", '"per_unit": 12', '"per_unit": 11'),
+        "slim_plan.json: not the file that was saved",
+    ),
+    "no class": (
+        lambda f: _edit(f / "config.json", '[\n    "BertModel"\n  ]', "7"),
+        "no class of transformers",
+    ),
+    "dense sizes that are none": (
+        lambda f: _edit(f / "config.json", '"dense": {}', '"dense": 3'),
+        "config.json is damaged",
+    ),
     "truncated plan": (lambda f: _truncate(f / "slim_plan.json"), "slim_plan.json is damaged"),
     "plan is a list": (lambda f: (f / "slim_plan.json").write_text("[]"), "plan"),
     "empty config": (lambda f: (f / "config.json").write_text(""), "config.json"),
@@ -473,6 +503,23 @@ def test_the_source_is_found_and_its_place_is_not_written(tmp_path):
     model.config._name_or_path = str(tmp_path / "gone")
     save(model, tmp_path / "again")
     assert _files(tmp_path / "again") == names - {"tokenizer.json"}
+
+
+def test_what_travelled_along_stays_when_a_loaded_model_is_saved_again(tmp_path):
+    source = _source(tmp_path / "source")
+    save(slimmed("bert"), tmp_path / "slim", source=source)
+    model = load(tmp_path / "slim")
+    save(model, tmp_path / "slim", overwrite=True)
+    assert _files(tmp_path / "slim") == EXPECTED
+    assert_same(model, load(tmp_path / "slim"))
+    assert str(tmp_path) not in (tmp_path / "slim" / "config.json").read_text()
+
+
+def test_slim_models_in_the_source_folder_do_not_travel(tmp_path):
+    model, source = slimmed("bert"), _source(tmp_path / "source")
+    for name in ("a", "b", "b"):
+        save(model, source / name, source=source, overwrite=True)
+    assert _files(source / "a") == _files(source / "b") == EXPECTED
 
 
 # Modules of one's own

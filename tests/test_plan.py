@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimkern.discovery.groups import Between, Group, Member
-from slimkern.plan import PlanEntry, SlimPlan, compose, make_plan, plan_from_zeros
+from slimkern.discovery.groups import Attribute, Between, Group, Member
+from slimkern.plan import PlanEntry, SlimPlan, compose, make_plan, plan_from_zeros, within
 from slimkern.selection import round_width, select
 
 
@@ -138,6 +140,23 @@ def test_what_is_no_plan_is_refused(text):
         SlimPlan.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("kind", "conv"), ("num_units", True), ("num_units", 0), ("name", 7), ("is_head", 1)),
+        *(("producers", {}), ("keep", [0, 1.5]), ("keep", "01"), ("attributes", None)),
+        ("consumers", [{"name": "o", "role": "consumer", "unit_size": "8"}]),
+        ("attributes", [{"module": "", "name": "heads", "per_unit": -1}]),
+        ("between", [{"name": "bias", "dim": -1, "unit_size": 1}]),
+    ],
+)
+def test_a_damaged_value_is_refused_with_its_name(field, value):
+    data = json.loads(SlimPlan((PlanEntry(_group(), (0, 3)),)).to_json())
+    data["groups"][0][field] = value
+    with pytest.raises(ValueError, match=r"not a slimkern plan: [a-z_]+ is "):
+        SlimPlan.from_json(json.dumps(data))
+
+
 @pytest.mark.parametrize("keep", [(), (1, 0), (0, 0), (-1,), (8,)])
 def test_an_entry_with_bad_indices_is_refused(keep):
     with pytest.raises(ValueError, match="fc2"):
@@ -149,6 +168,24 @@ def test_compose_speaks_of_the_original_layer():
     both = compose(SlimPlan((PlanEntry(big, (0, 2, 4, 6)),)), SlimPlan((PlanEntry(small, (1, 3)),)))
     assert both["fc2"].keep == (2, 6)
     assert both["fc2"].group == big
+    with pytest.raises(ValueError, match="'fc2': one plan leaves 2 units, the next speaks of 4"):
+        compose(both, SlimPlan((PlanEntry(small, (1, 3)),)))
+
+
+def test_a_plan_has_other_names_within_a_model_that_contains_its_own():
+    group = Group(
+        "o", "mha", 4, (Member("a.q", 8, "query"),), (Member("o", 8, "consumer"),),
+        (Between("bias", 1, 1),), (Attribute("", "heads", 1), Attribute("a", "heads", 1)),
+    )  # fmt: skip
+    plan = SlimPlan((PlanEntry(group, (0, 3)),), ("a note",))
+    assert within(plan, "") == plan
+    moved = within(plan, "inner")
+    assert moved.notes == plan.notes
+    assert moved["inner.o"].keep == (0, 3)
+    inner = moved["inner.o"].group
+    assert [m.name for m in (*inner.producers, *inner.consumers)] == ["inner.a.q", "inner.o"]
+    assert inner.between[0].name == "inner.bias"
+    assert [a.module for a in inner.attributes] == ["inner", "inner.a"]
 
 
 def test_zeros_make_a_plan_and_dead_units_of_lowest_index_fill_the_multiple():

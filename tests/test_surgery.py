@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from slimkern.discovery.groups import Attribute, Between, Group, Member
+from slimkern.masks import carried_masks, is_masked, masked_beside, masked_plan
 from slimkern.nn import MaskedLinear
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.surgery import (
     SurgeryError,
-    is_masked,
     mask_,
-    masked_plan,
     slim_,
     unmasked,
 )
@@ -147,7 +146,7 @@ def test_masks_can_be_moved_and_lifted():
     full = SlimPlan((PlanEntry(FFN, tuple(range(WIDTH))), PlanEntry(MHA, tuple(range(HEADS)))))
     mask_(block, full)
     assert torch.equal(block(x), before)
-    assert block.fc1.rows is None
+    assert not is_masked(block)
     mask_(block, PLAN)
     assert isinstance(block.fc2, MaskedLinear)
     assert block.fc2.cols.tolist() == [0, 3, 4, 9, 16]
@@ -157,6 +156,31 @@ def test_masks_can_be_moved_and_lifted():
         assert block.attention.num_heads == HEADS
     assert block.attention.num_heads == 2
     assert masked_plan(block, [FFN, MHA]) == PLAN
+    mask_(block, full)
+    assert type(block.fc1) is type(block.fc2) is nn.Linear
+    assert not hasattr(block, "mask_plan")
+    assert block.attention.num_heads == HEADS
+
+
+def test_masks_are_told_from_inside_and_outside_and_forgotten_when_they_are_gone():
+    outer = nn.Sequential(mask_(_block(), PLAN))
+    names = {"0.fc2": (0, 3, 4, 9, 16), "0.attention.o": (1, 3)}
+    assert {e.group.name: e.keep for e in carried_masks(outer)} == names
+    assert masked_beside(outer, carried_masks(outer)) == []
+    assert set(masked_beside(outer[0], SlimPlan(PLAN.entries[:1]))) == {
+        f"attention.{n}" for n in "qkvo"
+    }
+    slim_(outer[0], PLAN)
+    assert carried_masks(outer) == SlimPlan(())
+    assert not hasattr(outer[0], "mask_plan")
+
+
+@pytest.mark.parametrize("verb", [mask_, slim_])
+def test_a_compiled_model_is_refused_with_a_word_on_the_module_inside(verb):
+    block = _block()
+    with pytest.raises(SurgeryError, match=r"model\._orig_mod"):
+        verb(torch.compile(block, backend="eager"), PLAN)
+    assert not is_masked(block)
 
 
 def test_state_dict_of_a_masked_model_is_the_dense_one():
@@ -210,6 +234,16 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_anything_chang
         assert torch.equal(parameter, before[name])
 
 
+def test_an_optimizer_of_another_model_is_refused_before_anything_changes():
+    block = _block()
+    text = repr(block)
+    with pytest.raises(ValueError, match="holds none of the model's parameters"):
+        slim_(block, PLAN, optimizer=torch.optim.SGD(_block().parameters(), lr=1.0))
+    assert repr(block) == text
+    rest = torch.optim.SGD([block.fc2.bias], lr=1.0)  # a part that is not cut is a part
+    assert slim_(block, PLAN, optimizer=rest).fc1.out_features == 5
+
+
 def _plan(group: Group, keep=(0,)) -> SlimPlan:
     return SlimPlan((PlanEntry(FFN, (1, 2)), PlanEntry(group, keep)))
 
@@ -235,6 +269,28 @@ def _plan(group: Group, keep=(0,)) -> SlimPlan:
             ),
             "'b': the model has no such parameter",
         ),
+        (
+            Group(
+                "o",
+                "mha",
+                4,
+                (),
+                (Member("attention.o", 6, "consumer"),),
+                (Between("attention.o.bias", 1, 1),),
+            ),
+            "'attention.o.bias': the model has no such parameter with a dimension 1",
+        ),
+        (
+            Group(
+                "o",
+                "mha",
+                4,
+                (),
+                (Member("attention.o", 6, "consumer"),),
+                attributes=(Attribute("attentive", "num_heads", 1),),
+            ),
+            "attentive.num_heads: the model has no such integer attribute",
+        ),
     ],
 )
 @pytest.mark.parametrize("verb", [mask_, slim_])
@@ -248,12 +304,15 @@ def test_a_plan_that_does_not_fit_changes_nothing(verb, group, message):
         assert torch.equal(value, before[name])
 
 
-def test_a_tied_weight_is_refused():
+@pytest.mark.parametrize("verb", [mask_, slim_])
+def test_a_tied_weight_is_refused(verb):
     block = _block()
     block.twin = nn.Linear(WIDTH, HIDDEN)
     block.twin.weight = block.fc2.weight
+    before = block.twin.weight.clone()
     with pytest.raises(SurgeryError, match=r"'fc2.weight' is tied to 'twin.weight'"):
-        slim_(block, PLAN)
+        verb(block, PLAN)
+    assert torch.equal(block.twin.weight, before)
 
 
 def test_a_linear_can_be_cut_on_both_sides():
