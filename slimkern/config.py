@@ -78,10 +78,10 @@ class PruningRule:
                 f"target_sparsity={built.target_sparsity} can't be reached with "
                 f"max_sparsity_ratio_per_op={built.max_sparsity_ratio_per_op}: raise the limit"
             )
-        if built.min_sparsity_ratio_per_op > built.max_sparsity_ratio_per_op:
+        if built.min_sparsity_ratio_per_op > built.target_sparsity:
             raise ValueError(
                 f"min_sparsity_ratio_per_op={built.min_sparsity_ratio_per_op} is above "
-                f"max_sparsity_ratio_per_op={built.max_sparsity_ratio_per_op}"
+                f"target_sparsity={built.target_sparsity}, which all layers together lose"
             )
         return built
 
@@ -292,7 +292,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "reg_type": _off(_NO_REGULARIZER),
     "reg_coeff": _off(_NO_REGULARIZER),
     "resume_from_pruned_checkpoint": _off(
-        "a run is resumed with pruning.load_state_dict(), zeros of a model stay without it"
+        "masks of a model stay without it, and a run is resumed with pruning.load_state_dict()"
     ),
 }
 KEYS = tuple(_CHECKS)

@@ -86,17 +86,20 @@ class Track:
         chosen, notes = self._select(scores, ratio)
         if step == self.steps[-1]:
             self.notes = notes
-        return chosen
+        # A group with more masks than the ratio asks for by now is left as it is.
+        return {n: tuple(sorted({*own} & {*keep[n]})) for n, own in chosen.items()}
 
     def _select(
         self, scores: Mapping[str, Tensor], sparsity: float
     ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
         rule = self.rule
+        # The floor of a layer grows with the sparsity: it is a part of the target, not a first cut.
+        share = sparsity / rule.target_sparsity if rule.target_sparsity else 1.0
         return select(
             scores,
             sparsity,
             scope=rule.pruning_scope,
             multiple_of=rule.round_multiplier if rule.pattern == "channelx1" else 1,
-            min_sparsity=rule.min_sparsity_ratio_per_op,
+            min_sparsity=rule.min_sparsity_ratio_per_op * share,
             max_sparsity=rule.max_sparsity_ratio_per_op,
         )

@@ -101,7 +101,7 @@ def test_a_rule_that_is_no_dictionary_is_an_error():
         ("target_sparsity", float("nan"), "got nan"),
         ("target_sparsity", 0.99, "can't be reached with max_sparsity_ratio_per_op=0.98"),
         ("max_sparsity_ratio_per_op", 1.0, "got 1.0"),
-        ("min_sparsity_ratio_per_op", 0.99, "is above max_sparsity_ratio_per_op"),
+        ("min_sparsity_ratio_per_op", 0.99, "is above target_sparsity=0.9"),
         ("start_step", -1, "start_step must be a whole number of at least 0, got -1"),
         ("start_step", 1.5, "got 1.5"),
         ("end_step", True, "got True"),

@@ -15,10 +15,11 @@ from torch import nn
 from slimkern.config import WeightPruningConfig
 from slimkern.criteria import importance
 from slimkern.discovery.groups import Attribute, Group, Member
+from slimkern.masks import is_masked
 from slimkern.nn import MaskedLinear
 from slimkern.plan import dead_units
 from slimkern.pruning import Pruning
-from slimkern.surgery import is_masked, slim_
+from slimkern.surgery import slim_
 
 LAYERS, HIDDEN, WIDTH, HEADS, HEAD_DIM = 3, 8, 64, 4, 2
 
@@ -395,6 +396,46 @@ def test_masks_that_a_model_carries_are_continued():
     for entry in pruning.plan():
         assert set(entry.keep) < set(before[entry.group.name].keep)
     assert pruning.sparsity().ffn == 0.5
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_masks_beyond_the_ratio_of_the_moment_do_not_come_back(scope):
+    model = make()
+    start(model, rule(pruning_type="magnitude", end_step=0, target_sparsity=0.5), optimizer=None)
+    pruning, optimizer = start(model, rule(target_sparsity=0.75, end_step=5, pruning_scope=scope))
+    kept = {e.group.name: set(e.keep) for e in pruning.plan()}
+    seen = []
+    for i in range(5):
+        train(model, optimizer, 1, i)
+        seen.append(pruning.sparsity().ffn)
+        for entry in pruning.plan():
+            assert set(entry.keep) <= kept[entry.group.name]
+            kept[entry.group.name] = set(entry.keep)
+    assert seen[0] == 0.5
+    assert seen == sorted(seen)
+    assert seen[-1] == 0.75
+
+
+def test_a_second_pruning_of_the_same_weights_gives_nothing_back():
+    model = make()
+    first, optimizer = start(model, rule(target_sparsity=0.25, end_step=3))
+    second, _ = start(model, rule(target_sparsity=0.5, end_step=1), optimizer=optimizer)
+    train(model, optimizer, 4)
+    assert second.sparsity().ffn == first.sparsity().ffn == 0.5
+    assert widths(model)[:LAYERS] == [WIDTH // 2] * LAYERS
+
+
+def test_a_floor_for_each_layer_grows_with_the_schedule():
+    model = make()
+    pruning, optimizer = start(
+        model, rule(pruning_scope="global", min_sparsity_ratio_per_op=0.4, end_step=5,
+                    sparsity_decay_type="linear"),
+    )  # fmt: skip
+    for i in range(5):
+        train(model, optimizer, 1, i)
+        now = pruning.sparsity()
+        assert now.ffn == pytest.approx(0.1 * (i + 1), abs=1 / (LAYERS * WIDTH))
+        assert min(now.groups.values()) >= 0.08 * (i + 1) - 1 / WIDTH
 
 
 def test_training_goes_on_with_the_optimizer_that_was_carried_over():
