@@ -20,10 +20,11 @@ from slimkern.auto_slim import model_slim, parse_auto_slim_config, prepare_pruni
 from slimkern.checkpoint import CheckpointError, load, save
 from slimkern.config import WeightPruningConfig
 from slimkern.criteria import importance
+from slimkern.cuts import SurgeryError
 from slimkern.discovery import Discovery, Group, discover
 from slimkern.plan import PlanEntry, SlimPlan, make_plan
 from slimkern.pruning import Pruning
-from slimkern.surgery import SurgeryError, mask_, slim_
+from slimkern.surgery import mask_, slim_
 
 __version__ = _version("slimkern")
 

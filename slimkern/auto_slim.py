@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from slimkern.config import KEYS, PATTERNS, PruningRule, WeightPruningConfig, check_known
+from slimkern.cuts import uncompiled
 from slimkern.discovery import discover
 from slimkern.discovery.groups import Discovery
 from slimkern.masks import carried_masks, masked_beside, masked_plan
 from slimkern.plan import SlimPlan, plan_from_zeros
 from slimkern.pruning import Pruning
-from slimkern.surgery import slim_, uncompiled, unmasked
+from slimkern.surgery import slim_, unmasked
 from slimkern.targets import described, entry_for, reasons, targets
 
 logger = logging.getLogger(__name__)

@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimkern import skeleton
+from slimkern.cuts import SurgeryError, uncompiled
 from slimkern.folders import copy_companions, sha256, whole_folder
-from slimkern.masks import is_masked
-from slimkern.plan import SlimPlan, compose, within
-from slimkern.surgery import SurgeryError, slim_, uncompiled
+from slimkern.masks import is_masked, told_plan
+from slimkern.plan import SlimPlan
+from slimkern.surgery import is_hugging_face, slim_
 
 CONFIG_FILE, PLAN_FILE = "config.json", "slim_plan.json"
 PLAIN_WEIGHTS, SLIM_WEIGHTS = "model.safetensors", "slim.safetensors"
@@ -75,7 +76,11 @@ def save(
             "the model is masked: its weights are still full size. Call slimkern.model_slim(model) "
             "first, or save the masked model itself with torch or save_pretrained"
         )
-    folder, plan = Path(folder), _plan_of(model)
+    folder = Path(folder)
+    try:
+        plan = told_plan(model)
+    except ValueError as error:
+        raise CheckpointError(f"the model and a module in it were slimmed apart: {error}") from None
     companions = _source_folder(model, source)
     tensors, tied = _tensors(model)
     config, about, buffers = _description(model, plan)
@@ -104,7 +109,7 @@ def _description(
         CheckpointError: the model is not what would be loaded.
     """
     about: dict[str, Any] = {"version": _VERSION, "weights": SLIM_WEIGHTS, "buffers": []}
-    if not skeleton.is_hugging_face(model):
+    if not is_hugging_face(model):
         return {"architectures": [type(model).__name__]}, about, {}
     described = skeleton.describe(model, plan)
     if described is None:
@@ -168,18 +173,6 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         # As after from_pretrained: a later save finds the tokenizer and the other files there.
         model.config._name_or_path = str(folder)  # type: ignore[union-attr]
     return model.eval() if built else model
-
-
-def _plan_of(model: nn.Module) -> SlimPlan:
-    """The plans that ``slim_`` left on the model and on modules inside it, as one plan."""
-    plan = SlimPlan(())
-    try:
-        # From the inside: a module was slimmed before it was put into another.
-        for name, module in reversed(list(model.named_modules())):
-            plan = compose(plan, within(vars(module).get("slim_plan", SlimPlan(())), name))
-    except ValueError as error:
-        raise CheckpointError(f"the model and a module in it were slimmed apart: {error}") from None
-    return plan
 
 
 def _source_folder(model: nn.Module, source: str | Path | None) -> Path | None:

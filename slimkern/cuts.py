@@ -1,4 +1,4 @@
-"""What a plan means for parameters: which entries of which stay, and the smaller tensors."""
+"""What a plan means for a model's parameters: whether it fits, what stays, the smaller tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from slimkern.plan import PlanEntry
+from slimkern.discovery.groups import Member
+from slimkern.nn import MaskedLinear
+from slimkern.plan import PlanEntry, SlimPlan
 
 
 class SurgeryError(ValueError):
@@ -67,3 +69,81 @@ def cut(parameter: nn.Parameter, steps: list[tuple[int, Tensor]]) -> nn.Paramete
     if parameter.grad is not None:
         fresh.grad = sliced(parameter.grad)
     return fresh
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` returned, which computes with it; or the model."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
+
+
+def linear_of(model: nn.Module, member: Member) -> nn.Linear:
+    """The linear module of a member, or a refusal that names it."""
+    try:
+        module = model.get_submodule(member.name)
+    except AttributeError as error:
+        raise SurgeryError(f"{member.name!r}: the model has no such module") from error
+    if type(module) not in (nn.Linear, MaskedLinear):
+        raise SurgeryError(
+            f"{member.name!r}: only a plain nn.Linear can be cut, this is {type(module).__name__}"
+        )
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            raise SurgeryError(f"{member.name!r}: its {name} is parametrized or no parameter")
+    return module  # type: ignore[return-value]
+
+
+def checked_cuts(
+    model: nn.Module, plan: SlimPlan
+) -> tuple[dict[str, nn.Parameter], dict[str, list[tuple[int, Tensor]]]]:
+    """The parameters by name, and the cuts that a plan means for them.
+
+    Raises:
+        SurgeryError: the plan does not fit the model, or can't be applied exactly.
+    """
+    if uncompiled(model) is not model:
+        raise SurgeryError(
+            "the model is what torch.compile returned: pass the module that was compiled "
+            "(model._orig_mod), with a plan for it; the compiled one follows"
+        )
+    cuts: dict[str, list[tuple[int, Tensor]]] = {}
+    for entry in plan.entries:
+        _check_entry(model, entry)
+        for name, dim, index in cuts_of(entry):
+            cuts.setdefault(name, []).append((dim, index))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    check_parameters(named, cuts)
+    return named, cuts
+
+
+def _check_entry(model: nn.Module, entry: PlanEntry) -> None:
+    group = entry.group
+    for dim, members in ((0, group.producers), (1, group.consumers)):
+        for member in members:
+            have = linear_of(model, member).weight.shape[dim]
+            want = group.num_units * member.unit_size
+            if have != want:
+                side = ("rows", "columns")[dim]
+                raise SurgeryError(
+                    f"{member.name!r}: the plan speaks of {group.num_units} units of "
+                    f"{member.unit_size} {side}, but its weight has {have} {side}"
+                )
+    for between in group.between:
+        try:
+            have = model.get_parameter(between.name).shape[between.dim]
+        except (AttributeError, IndexError) as error:
+            raise SurgeryError(
+                f"{between.name!r}: the model has no such parameter with a dimension {between.dim}"
+            ) from error
+        if have != group.num_units * between.unit_size:
+            raise SurgeryError(
+                f"{between.name!r}: dimension {between.dim} has {have} entries, the plan speaks "
+                f"of {group.num_units} units of {between.unit_size}"
+            )
+    for a in group.attributes:
+        try:
+            value = getattr(model.get_submodule(a.module), a.name)
+        except AttributeError:
+            value = None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise SurgeryError(f"{a.module}.{a.name}: the model has no such integer attribute")

@@ -1,4 +1,4 @@
-"""Which masks a model carries: read from its modules, and from what ``mask_`` noted on them."""
+"""What is masked in a model and what was cut from it: read from modules and from notes on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from slimkern.discovery.groups import Group
 from slimkern.nn import MaskedLinear
-from slimkern.plan import PlanEntry, SlimPlan, within
+from slimkern.plan import PlanEntry, SlimPlan, compose, within
 
 
 def is_masked(model: nn.Module) -> bool:
@@ -36,20 +36,20 @@ def carried_masks(model: nn.Module) -> SlimPlan:
     or replaced, or its mask was lifted.
     """
     modules = dict(model.named_modules())
-    groups: dict[str, Group] = {}
+    noted: dict[str, PlanEntry] = {}
     for name, module in modules.items():
-        plan = vars(module).get("mask_plan")
-        if isinstance(plan, SlimPlan):
-            for entry in within(plan, name):
-                groups.setdefault(entry.group.name, entry.group)
-    holding = []
-    for group in groups.values():
-        first = group.consumers[0]
+        for entry in within(vars(module).get("mask_plan", SlimPlan(())), name):
+            noted.setdefault(entry.group.name, entry)
+    holding: list[PlanEntry] = []
+    for entry in noted.values():
+        first = entry.group.consumers[0]
         linear = modules.get(first.name)
-        width = group.num_units * first.unit_size
-        if isinstance(linear, MaskedLinear) and linear.weight.shape[1] == width:
-            holding.append(group)
-    return masked_plan(model, holding)
+        width = entry.group.num_units * first.unit_size
+        if not isinstance(linear, MaskedLinear) or linear.weight.shape[1] != width:
+            continue
+        on_meta = linear.cols is not None and linear.cols.is_meta  # there are no values to read
+        holding += [entry] if on_meta else masked_plan(model, [entry.group]).entries
+    return SlimPlan(tuple(holding))
 
 
 def masked_beside(model: nn.Module, plan: SlimPlan) -> list[str]:
@@ -67,3 +67,30 @@ def masked_beside(model: nn.Module, plan: SlimPlan) -> list[str]:
         for side in ("rows", "cols")
         if getattr(linear, side) is not None and (name, side) not in spoken_of
     ]
+
+
+def told_plan(model: nn.Module) -> SlimPlan:
+    """The cuts that ``slim_`` noted as ``slim_plan`` on a model and on modules inside it, as one.
+
+    A module may have been slimmed before it was put into another, or with it.
+
+    Raises:
+        ValueError: what is noted is not all of what happened to a layer.
+    """
+    told: dict[str, list[PlanEntry]] = {}
+    notes: dict[str, None] = {}
+    for name, module in model.named_modules():
+        part = within(vars(module).get("slim_plan", SlimPlan(())), name)
+        notes.update(dict.fromkeys(part.notes))
+        for entry in part:
+            told.setdefault(entry.group.name, []).append(entry)
+    whole: list[PlanEntry] = []
+    for entries in told.values():
+        # From the full width down; one entry may have in it already what another tells.
+        entries.sort(key=lambda e: (-e.group.num_units, len(e.keep)))
+        plan = SlimPlan((entries[0],))
+        for entry in entries[1:]:
+            if entry.group.num_units <= len(plan.entries[0].keep):
+                plan = compose(plan, SlimPlan((entry,)))
+        whole += plan.entries
+    return SlimPlan(tuple(whole), tuple(notes))

@@ -7,7 +7,7 @@ applied to a fresh model without tracing it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -74,7 +74,7 @@ class SlimPlan:
                 return entry
         raise KeyError(f"the plan has no group {name!r}")
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[PlanEntry]:
         return iter(self.entries)
 
     def __len__(self) -> int:
@@ -167,21 +167,40 @@ def within(plan: SlimPlan, prefix: str) -> SlimPlan:
     """
     if not prefix:
         return plan
+    moved = (_renamed(e, lambda name: f"{prefix}.{name}" if name else prefix) for e in plan)
+    return SlimPlan(tuple(moved), plan.notes)
+
+
+def inside(plan: SlimPlan, prefix: str) -> SlimPlan:
+    """The inverse of :func:`within`: what a plan says of groups that lie in ``prefix`` entirely."""
+    if not prefix:
+        return plan
     dot = f"{prefix}."
 
-    def moved(group: Group) -> Group:
-        return replace(
-            group,
-            name=dot + group.name,
-            producers=tuple(replace(m, name=dot + m.name) for m in group.producers),
-            consumers=tuple(replace(m, name=dot + m.name) for m in group.consumers),
-            between=tuple(replace(b, name=dot + b.name) for b in group.between),
-            attributes=tuple(
-                replace(a, module=dot + a.module if a.module else prefix) for a in group.attributes
-            ),
-        )
+    def whole(g: Group) -> bool:
+        places = [m.name for m in (*g.producers, *g.consumers)] + [b.name for b in g.between]
+        places += [a.module + "." for a in g.attributes]
+        return all(name.startswith(dot) for name in places)
 
-    return SlimPlan(tuple(PlanEntry(moved(e.group), e.keep) for e in plan.entries), plan.notes)
+    moved = (
+        _renamed(e, lambda name: "" if name == prefix else name.removeprefix(dot))
+        for e in plan
+        if whole(e.group)
+    )
+    return SlimPlan(tuple(moved))
+
+
+def _renamed(entry: PlanEntry, rename: Callable[[str], str]) -> PlanEntry:
+    g = entry.group
+    group = replace(
+        g,
+        name=rename(g.name),
+        producers=tuple(replace(m, name=rename(m.name)) for m in g.producers),
+        consumers=tuple(replace(m, name=rename(m.name)) for m in g.consumers),
+        between=tuple(replace(b, name=rename(b.name)) for b in g.between),
+        attributes=tuple(replace(a, module=rename(a.module)) for a in g.attributes),
+    )
+    return PlanEntry(group, entry.keep)
 
 
 def make_plan(

@@ -254,7 +254,10 @@ class Pruning:
                 f"optimizer still holds the old ones: it would train nothing. Slim with "
                 f"model_slim(model, optimizer=optimizer), or make a new optimizer"
             )
-        self._over = True
+        self._over, self._weights = (
+            True,
+            {},
+        )  # the optimizer holds this object: free the old weights
         return True
 
     def _read_masks(self, groups: Iterable[Group]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkern.cuts import SurgeryError
 from slimkern.plan import SlimPlan
-from slimkern.surgery import FFN_FIELDS, SurgeryError, slim_
-
-
-def is_hugging_face(model: nn.Module) -> bool:
-    """Whether the model is transformers' own kind; never imports transformers to find out."""
-    module = sys.modules.get("transformers.modeling_utils")
-    return module is not None and isinstance(model, module.PreTrainedModel)
+from slimkern.surgery import FFN_FIELDS, slim_
 
 
 def build(kind: Any, config: dict[str, Any], attention: str | None = None) -> nn.Module:
@@ -110,10 +104,9 @@ def describe(
 def _dense_fields(config: Any, plan: SlimPlan) -> Iterator[dict[str, int]]:
     """Candidates for the configuration fields that surgery has set to the slim FFN width."""
     yield {}
-    widths = {e.group.num_units for e in plan.entries if e.group.kind == "ffn"}
-    if len(widths) == 1:
-        width = widths.pop()
-        for name in FFN_FIELDS:
+    widths = sorted({e.group.num_units for e in plan.entries if e.group.kind == "ffn"})
+    for name in FFN_FIELDS:
+        for width in widths:
             if isinstance(getattr(config, name, None), int) and getattr(config, name) != width:
                 yield {name: width}
 

@@ -6,19 +6,21 @@ that a refusal leaves the model as it was.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from slimkern.cuts import SurgeryError, check_parameters, cut, cuts_of, spread
-from slimkern.discovery.groups import Group, Member
-from slimkern.masks import carried_masks, masked_plan
+from slimkern.cuts import checked_cuts, cut, linear_of, spread
+from slimkern.discovery.groups import Group
+from slimkern.masks import carried_masks
 from slimkern.nn import MaskedLinear
 from slimkern.optimizer_state import check_owner, check_state, move_state
-from slimkern.plan import PlanEntry, SlimPlan, compose
+from slimkern.plan import PlanEntry, SlimPlan, compose, inside
 
 # Sizes that a module states about its own parameters: (class, parameter, dim) -> attribute.
 _SIZES = {
@@ -52,12 +54,12 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
         SurgeryError: a module of the plan is missing, is no plain linear or has another size, or
             a parameter of it is tied to one that would stay; nothing has been changed then.
     """
-    _checked_cuts(model, plan)
+    checked_cuts(model, plan)
     for entry in plan.entries:
         group, keep = entry.group, torch.tensor(entry.keep)
         whole = len(entry.keep) == group.num_units
         for member in group.consumers:
-            linear = MaskedLinear.adopt(_linear(model, member))
+            linear = MaskedLinear.adopt(linear_of(model, member))
             index = spread(keep, member.unit_size, linear.weight.device)
             linear.cols = None if whole else index
             linear.gather = bool(group.between)
@@ -65,7 +67,7 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
         if group.between:
             continue
         for member in group.producers:
-            linear = MaskedLinear.adopt(_linear(model, member))
+            linear = MaskedLinear.adopt(linear_of(model, member))
             index = spread(keep, member.unit_size, linear.weight.device)
             linear.rows = None if whole else index
         _set_counts(model, entry)
@@ -76,11 +78,12 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
 
 def _remember(model: nn.Module, entries: Iterable[PlanEntry] = ()) -> None:
     """Keep ``model.mask_plan`` up to date, for :func:`carried_masks` to find."""
-    groups = {e.group.name: e.group for e in (*carried_masks(model), *entries)}
-    plan = masked_plan(model, groups.values())
-    vars(model).pop("mask_plan", None)
-    if plan.entries:
-        model.mask_plan = plan  # type: ignore[assignment]
+    named = {e.group.name: e for e in (*carried_masks(model), *entries)}
+    model.mask_plan = SlimPlan(tuple(named.values()))  # type: ignore[assignment]
+    still = carried_masks(model)
+    del model.mask_plan
+    if still.entries:
+        model.mask_plan = still  # type: ignore[assignment]
 
 
 def zero_masked_columns(linear: MaskedLinear) -> None:
@@ -121,12 +124,6 @@ def unmasked(model: nn.Module, groups: Iterable[Group]) -> Iterator[nn.Module]:
             setattr(module, a.name, value)
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile`` returned, which computes with it; or the model."""
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else inner
-
-
 def slim_(
     model: nn.Module, plan: SlimPlan, optimizer: torch.optim.Optimizer | None = None
 ) -> nn.Module:
@@ -134,7 +131,8 @@ def slim_(
 
     The result equals the model masked by the same plan, to rounding. Dtype, device,
     ``requires_grad``, gradients, ties and hooks stay; the plan is left on the model as
-    ``model.slim_plan`` (composed with an earlier one), where :func:`slimkern.save` reads it.
+    ``model.slim_plan`` (composed with an earlier one), where :func:`slimkern.save` reads it, and
+    its part on every Hugging Face model inside, so that each can be saved.
 
     Args:
         model: the model, dense or masked, changed in place.
@@ -150,18 +148,18 @@ def slim_(
         ValueError: the optimizer is not the model's, or has state that can't be cut. In either
             case nothing has been changed.
     """
-    named, cuts = _checked_cuts(model, plan)
-    earlier: SlimPlan = vars(model).get("slim_plan", SlimPlan(()))
-    whole = compose(earlier, plan)
+    named, cuts = checked_cuts(model, plan)
+    noted = _noted(model, plan)
     if optimizer is not None:
         check_owner(optimizer, model.parameters())
         check_state(optimizer, {named[name] for name in cuts})
-    fresh = {name: cut(named[name], steps) for name, steps in cuts.items()}
+    steps = {named[name]: cuts[name] for name in cuts}  # what is tied, and cut alike, stays tied
+    fresh = {parameter: cut(parameter, steps[parameter]) for parameter in steps}
     # From here on nothing can fail: every new tensor exists.
-    for name, parameter in fresh.items():
-        _assign(model, name, parameter)
+    for name in cuts:
+        _assign(model, name, fresh[named[name]])
     if optimizer is not None:
-        move_state(optimizer, {named[n]: (fresh[n], cuts[n]) for n in cuts})
+        move_state(optimizer, {old: (new, steps[old]) for old, new in fresh.items()})
     for entry in plan.entries:
         for members, side in ((entry.group.consumers, "cols"), (entry.group.producers, "rows")):
             for member in members:
@@ -172,77 +170,10 @@ def slim_(
     _remember(model)
     for entry in plan.entries:
         _set_counts(model, entry)
-    _update_config(model, plan)
-    model.slim_plan = whole  # type: ignore[assignment]
+    for module, part, whole in noted:
+        module.slim_plan = whole  # type: ignore[assignment]
+        _update_config(module, part)
     return model
-
-
-def _linear(model: nn.Module, member: Member) -> nn.Linear:
-    """The linear module of a member, or a refusal that names it."""
-    try:
-        module = model.get_submodule(member.name)
-    except AttributeError as error:
-        raise SurgeryError(f"{member.name!r}: the model has no such module") from error
-    if type(module) not in (nn.Linear, MaskedLinear):
-        raise SurgeryError(
-            f"{member.name!r}: only a plain nn.Linear can be cut, this is {type(module).__name__}"
-        )
-    for name in ("weight", "bias"):
-        if name not in module._parameters:
-            raise SurgeryError(f"{member.name!r}: its {name} is parametrized or no parameter")
-    return module  # type: ignore[return-value]
-
-
-def _checked_cuts(
-    model: nn.Module, plan: SlimPlan
-) -> tuple[dict[str, nn.Parameter], dict[str, list[tuple[int, Tensor]]]]:
-    """The parameters by name, and the cuts that a plan means for them; or a refusal."""
-    if uncompiled(model) is not model:
-        raise SurgeryError(
-            "the model is what torch.compile returned: pass the module that was compiled "
-            "(model._orig_mod), with a plan for it; the compiled one follows"
-        )
-    cuts: dict[str, list[tuple[int, Tensor]]] = {}
-    for entry in plan.entries:
-        _check_entry(model, entry)
-        for name, dim, index in cuts_of(entry):
-            cuts.setdefault(name, []).append((dim, index))
-    named = dict(model.named_parameters(remove_duplicate=False))
-    check_parameters(named, cuts)
-    return named, cuts
-
-
-def _check_entry(model: nn.Module, entry: PlanEntry) -> None:
-    group = entry.group
-    for dim, members in ((0, group.producers), (1, group.consumers)):
-        for member in members:
-            have = _linear(model, member).weight.shape[dim]
-            want = group.num_units * member.unit_size
-            if have != want:
-                side = ("rows", "columns")[dim]
-                raise SurgeryError(
-                    f"{member.name!r}: the plan speaks of {group.num_units} units of "
-                    f"{member.unit_size} {side}, but its weight has {have} {side}"
-                )
-    for between in group.between:
-        try:
-            have = model.get_parameter(between.name).shape[between.dim]
-        except (AttributeError, IndexError) as error:
-            raise SurgeryError(
-                f"{between.name!r}: the model has no such parameter with a dimension {between.dim}"
-            ) from error
-        if have != group.num_units * between.unit_size:
-            raise SurgeryError(
-                f"{between.name!r}: dimension {between.dim} has {have} entries, the plan speaks "
-                f"of {group.num_units} units of {between.unit_size}"
-            )
-    for a in group.attributes:
-        try:
-            value = getattr(model.get_submodule(a.module), a.name)
-        except AttributeError:
-            value = None
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise SurgeryError(f"{a.module}.{a.name}: the model has no such integer attribute")
 
 
 def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -268,6 +199,24 @@ def _set_counts(model: nn.Module, entry: PlanEntry) -> None:
         setattr(model.get_submodule(a.module), a.name, a.per_unit * len(entry.keep))
 
 
+def _noted(model: nn.Module, plan: SlimPlan) -> list[tuple[nn.Module, SlimPlan, SlimPlan]]:
+    """Who is to know of the cut: the model, and every Hugging Face model in it of its own part,
+    as it may be saved by itself. With what is cut of it now, and in all."""
+    noted = []
+    for name, module in model.named_modules():
+        part = inside(plan, name)
+        if module is model or (part.entries and is_hugging_face(module)):
+            earlier: SlimPlan = vars(module).get("slim_plan", SlimPlan(()))
+            noted.append((module, part, compose(earlier, part)))
+    return noted
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether the model is transformers' own kind; never imports transformers to find out."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
+
+
 def _update_config(model: nn.Module, plan: SlimPlan) -> None:
     """Let the configuration say the FFN width, where one number can say it.
 
@@ -275,12 +224,23 @@ def _update_config(model: nn.Module, plan: SlimPlan) -> None:
     modules, not the configuration, are where the heads of a slim model are counted.
     """
     config: Any = getattr(model, "config", None)
-    widths = {len(e.keep) for e in plan.entries if e.group.kind == "ffn"}
-    before = {e.group.num_units for e in plan.entries if e.group.kind == "ffn"}
-    if config is None or len(widths) != 1 or len(before) != 1:
-        return
-    dense, slim = before.pop(), widths.pop()
-    still_dense = sum(isinstance(m, nn.Linear) and m.in_features == dense for m in model.modules())
-    for name in FFN_FIELDS:
-        if getattr(config, name, None) == dense and not still_dense:
-            setattr(config, name, slim)
+    widths: dict[str, set[int]] = {}
+    for entry in plan:
+        if entry.group.kind == "ffn":
+            for field in FFN_FIELDS:
+                if getattr(config, field, None) == entry.group.num_units:
+                    widths.setdefault(field, set()).add(len(entry.keep))
+    for field, found in widths.items():
+        if len(found) == 1 and not _left_out(model, plan, getattr(config, field)):
+            setattr(config, field, found.pop())
+
+
+def _left_out(model: nn.Module, plan: SlimPlan, width: int) -> bool:
+    """Whether a layer of ``width`` was not cut: one whose name differs by its number alone."""
+    cut_now = {m.name for e in plan for m in e.group.consumers}
+    alike = {re.sub(r"\d+", "*", name) for name in cut_now}
+    return any(
+        isinstance(m, nn.Linear) and m.in_features == width and name not in cut_now
+        for name, m in model.named_modules()
+        if re.sub(r"\d+", "*", name) in alike
+    )

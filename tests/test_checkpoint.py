@@ -198,6 +198,24 @@ def test_slimmed_twice_and_saved_again(tmp_path):
     assert model.slim_plan.entries[0].group.num_units in (tiny_models.FFN, tiny_models.HEADS)
 
 
+def test_a_model_inside_the_one_that_was_slimmed(tmp_path):
+    class Embedder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = tiny_models.FAMILIES["bert"]()
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.encoder(input_ids, attention_mask)[0].mean(1)
+
+    model = Embedder()
+    ffns = [g for g in discover(model, tiny_models.text_inputs()) if g.kind == "ffn"]
+    slim_(model, SlimPlan(tuple(PlanEntry(g, tuple(range(48))) for g in ffns)))
+    assert model.encoder.config.intermediate_size == 48
+    save(model.encoder, tmp_path / "slim")
+    assert_same(model.encoder, load(tmp_path / "slim"))
+    assert transformers.AutoModel.from_pretrained(tmp_path / "slim").config.intermediate_size == 48
+
+
 def test_a_model_around_a_slim_one(tmp_path):
     model = tiny_models.FAMILIES["bert"]("ForSequenceClassification")
     slim_(model.bert, uneven_plan(model.bert))
@@ -207,16 +225,31 @@ def test_a_model_around_a_slim_one(tmp_path):
     assert all(e.group.name.startswith("bert.") for e in loaded.slim_plan.entries)
 
 
-def test_a_model_around_a_slim_one_is_slimmed_again(tmp_path):
+def test_a_model_around_a_slim_one_is_slimmed_again_and_the_one_inside_too(tmp_path):
     model = tiny_models.FAMILIES["bert"]("ForSequenceClassification")
-    slim_(model.bert, uneven_plan(model.bert))
+    slim_(model.bert, even_ffn_plan(model.bert))
     slim_(model, uneven_plan(model))
+    slim_(model.bert, uneven_plan(model.bert))
+    assert model.config.intermediate_size == 32
     save(model, tmp_path / "slim")
     assert_same(model, load(tmp_path / "slim"))
-    before = outputs(model)
-    with pytest.raises(ValueError, match="what came between is not in these plans"):
-        slim_(model.bert, uneven_plan(model.bert))
-    assert torch.equal(outputs(model), before)
+    save(model.bert, tmp_path / "inner")
+    assert_same(model.bert, load(tmp_path / "inner"))
+
+
+def test_a_model_that_does_not_tell_all_that_happened_to_it_is_refused(tmp_path):
+    inner, x = tiny_models.mlp(6, 24, 6), torch.randn(2, 6)
+    model = nn.Sequential(inner)
+    everything = {"0.2": discover(model, x)["0.2"]}
+    for keep in (12, 6, 3):
+        group = discover(model, x)["0.2"]
+        slim_(model, SlimPlan((PlanEntry(group, tuple(range(keep))),)))
+        if keep == 12:
+            inner.slim_plan = SlimPlan((PlanEntry(discover(inner, x)["2"], (0,)),))
+    assert model.slim_plan["0.2"] == PlanEntry(everything["0.2"], (0, 1, 2))
+    model.slim_plan = SlimPlan((PlanEntry(everything["0.2"], tuple(range(20))),))
+    with pytest.raises(CheckpointError, match=r"slimmed apart: '0\.2': one plan leaves 20 units"):
+        save(model, tmp_path / "slim")
 
 
 def test_of_a_compiled_model_the_module_inside_is_saved(tmp_path):

@@ -27,6 +27,7 @@ LIBRARY = {
     *REPORTS,
     "slimkern.criteria",
     "slimkern.masks",
+    "slimkern.cuts",
     "slimkern.surgery",
     "slimkern.optimizer_state",
     "slimkern.pruning",
@@ -63,7 +64,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("selection.py", {"torch"}),
     ("plan.py", {"torch", "slimkern.selection", *DATA}),
     ("criteria.py", {"torch", "slimkern.discovery", "slimkern.plan"}),
-    ("cuts.py", {"torch", "slimkern.plan"}),
+    ("cuts.py", {"torch", "slimkern.plan", "slimkern.nn", *DATA}),
     ("optimizer_state.py", {"torch"}),
     ("masks.py", {"torch", "slimkern.plan", "slimkern.nn", *DATA}),
     (
@@ -96,7 +97,10 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("targets.py", {"torch", "slimkern.config", *DATA}),
     ("auto_slim.py", LIBRARY),
     ("checkpoint.py", {*LIBRARY, "transformers"}),
-    ("skeleton.py", {"torch", "huggingface_hub", "slimkern.plan", "slimkern.surgery"}),
+    (
+        "skeleton.py",
+        {"torch", "huggingface_hub", "slimkern.cuts", "slimkern.plan", "slimkern.surgery"},
+    ),
     ("folders.py", set()),
     ("training/", TRAINING),
     ("cli/", EVERYTHING),

@@ -6,14 +6,16 @@ import copy
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch import nn
 
+from slimkern.cuts import SurgeryError
+from slimkern.discovery import discover
 from slimkern.discovery.groups import Attribute, Between, Group, Member
 from slimkern.masks import carried_masks, is_masked, masked_beside, masked_plan
 from slimkern.nn import MaskedLinear
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.surgery import (
-    SurgeryError,
     mask_,
     slim_,
     unmasked,
@@ -340,3 +342,45 @@ def test_slimming_twice_composes_the_plan():
     assert block.slim_plan["fc2"].keep == (3, 16)
     want = slim_(_block(), block.slim_plan)
     assert torch.equal(block(_inputs()), want(_inputs()))
+
+
+def test_what_is_tied_and_cut_alike_stays_tied():
+    model = nn.ModuleList([_block(), _block()])
+    model[1].fc1.weight, model[1].fc2.weight = model[0].fc1.weight, model[0].fc2.weight
+    groups = (
+        Group(f"{i}.fc2", "ffn", WIDTH, (Member(f"{i}.fc1", 1, "producer"),),
+              (Member(f"{i}.fc2", 1, "consumer"),))
+        for i in range(2)
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slim_(model, SlimPlan(tuple(PlanEntry(g, (1, 2, 5)) for g in groups)), optimizer)
+    assert model[1].fc1.weight is model[0].fc1.weight
+    assert model[1].fc2.weight is model[0].fc2.weight
+    assert model[0].fc2.weight.shape == (HIDDEN, 3)
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+def test_masks_on_the_meta_device_are_known_from_what_was_noted():
+    block = mask_(_block().to("meta"), PLAN)
+    assert carried_masks(block) == PLAN
+    moved = mask_(_block(), PLAN).to("meta")
+    assert carried_masks(moved) == PLAN
+    assert slim_(moved, carried_masks(moved)).fc1.weight.shape == (5, HIDDEN)
+
+
+@pytest.mark.parametrize("width", [64, 48])  # 48 is the hidden size, too
+def test_the_configuration_says_the_width_as_long_as_all_layers_have_it(width):
+    model = FAMILIES["bert"]("ForSequenceClassification")
+    found = [g for g in discover(model) if not g.is_head]
+    heads = [g for g in discover(model) if g.is_head]
+    ffns = [g for g in found if g.kind == "ffn"]
+    everything = [(g, range(width)) for g in ffns] + [(g, range(7)) for g in heads]
+    slim_(model, SlimPlan(tuple(PlanEntry(g, tuple(k)) for g, k in everything)))
+    assert model.config.intermediate_size == width
+    again = [g for g in discover(model) if g.kind == "ffn" and not g.is_head]
+    slim_(model, SlimPlan(tuple(PlanEntry(g, tuple(range(30))) for g in again)))
+    assert model.config.intermediate_size == 30
+    last = [g for g in discover(model) if g.kind == "ffn" and not g.is_head][1:]
+    slim_(model, SlimPlan(tuple(PlanEntry(g, tuple(range(20))) for g in last)))
+    assert model.config.intermediate_size == 30
