@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimkern.config import KEYS, PATTERNS, PruningRule, WeightPruningConfig, check_known
+from slimkern.config import (
+    KEYS,
+    PATTERNS,
+    PruningRule,
+    WeightPruningConfig,
+    check_known,
+    fraction,
+)
 from slimkern.cuts import uncompiled
 from slimkern.discovery import discover
 from slimkern.discovery.groups import Discovery
@@ -67,9 +74,7 @@ def parse_auto_slim_config(
     wanted = {"channelx1": ("ffn2_sparsity", ffn2_sparsity), "mha": ("mha_sparsity", mha_sparsity)}
     rules = {}
     for pattern, (argument, sparsity) in wanted.items():
-        if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-            raise ValueError(f"{argument} must be a number in [0, 1), got {sparsity!r}")
-        if sparsity:
+        if fraction(argument, sparsity):
             values = {**kwargs, "pattern": pattern, "target_sparsity": sparsity}
             rules[pattern] = PruningRule.from_values(values)
     if not rules:

@@ -191,7 +191,8 @@ def _one_of(*accepted: str) -> Callable[[str, Any], str]:
     return check
 
 
-def _fraction(key: str, value: Any) -> float:
+def fraction(key: str, value: Any) -> float:
+    """``value`` as a float, or a ``ValueError`` that names ``key`` where it is not in [0, 1)."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not 0 <= value < 1:
         raise ValueError(f"{key} must be a number in [0, 1), got {value!r}")
     return float(value)
@@ -269,7 +270,7 @@ def _off(instead: str) -> Callable[[str, Any], None]:
 _NO_REGULARIZER = "there is no group-lasso regularizer yet; leave it out"
 _STEP_KEYS = ("start_step", "end_step", "pruning_frequency", "total_steps")
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "target_sparsity": _fraction,
+    "target_sparsity": fraction,
     "pruning_type": _one_of(*PRUNING_TYPES),
     "pattern": _pattern,
     "op_names": _patterns,
@@ -279,8 +280,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "end_step": _whole(0),
     "pruning_scope": _one_of(*SCOPES),
     "pruning_frequency": _whole(1),
-    "min_sparsity_ratio_per_op": _fraction,
-    "max_sparsity_ratio_per_op": _fraction,
+    "min_sparsity_ratio_per_op": fraction,
+    "max_sparsity_ratio_per_op": fraction,
     "sparsity_decay_type": _one_of(*DECAYS),
     "pruning_op_types": _op_types,
     "low_memory_usage": _flag,

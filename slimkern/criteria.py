@@ -5,7 +5,8 @@ Element scores of a weight W with gradient G: ``magnitude`` \\|W\\|, ``gradient`
 ``s = 0.9 s + |W G|`` over optimizer steps. A unit's score is their mean (or sum, or maximum) over
 its columns in the second linear for an FFN channel, and the average over q, k, v and the output
 projection of the same reduction for a head: the definitions of Intel Neural Compressor 2.6.
-Layers that are tied contribute their average.
+Layers that are tied contribute their average. A unit that no second linear reads (its columns are
+zero, as those of a masked unit are) has no magnitude.
 """
 
 from __future__ import annotations
@@ -148,6 +149,8 @@ class ScoreKeeper:
                 f"{self.criterion!r} needs one (are they frozen, or was backward() not called?)"
             )
         score = torch.stack(parts).mean(0)
+        if self.criterion == "magnitude":  # the weights of a dead or masked head still have a size
+            score = score * _live_units(group, weights)
         if not torch.isfinite(score).all():
             raise RuntimeError(f"{group.name}: scores are not finite; a gradient held inf or NaN")
         if self.criterion != "magnitude" and not score.any() and _alive(group, weights):
@@ -158,9 +161,15 @@ class ScoreKeeper:
         return score
 
 
+def _live_units(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
+    """1 for a unit that any consumer reads, 0 for one whose columns are all zero: [num_units]."""
+    sizes = [reduce_units(weights[m.name].detach().abs(), m, "max") for m in group.consumers]
+    return (torch.stack(sizes).amax(0) > 0).float()
+
+
 def _alive(group: Group, weights: Mapping[str, Tensor]) -> bool:
     """Whether any consumer has a weight that is not zero (a dead layer rightly scores zero)."""
-    return any(bool(weights[m.name].detach().any()) for m in group.consumers)
+    return bool(_live_units(group, weights).any())
 
 
 def importance(

@@ -8,6 +8,7 @@ and saved like any other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,12 +68,10 @@ class Pruning:
         self._check_optimizer(optimizer)
         self._sizes = {n: _elements(model, g) for n, g in self._groups.items()}
         self._keep = {n: tuple(range(g.num_units)) for n, g in self._groups.items()}
-        self._read_masks(self._groups.values())
+        self._read_masks()
         self._handles: list[Any] = []
         self._skipped = self._over = False
-        for track in self._tracks:
-            if 0 in track.steps:
-                self._cut(track)
+        self._cut()
         if optimizer is not None:
             self._handles = [
                 optimizer.register_step_pre_hook(self._before_step),
@@ -145,13 +144,13 @@ class Pruning:
         entries = [
             PlanEntry(g, tuple(int(i) for i in state["keep"][n])) for n, g in self._groups.items()
         ]
-        scores = self._checked_scores(state["scores"])
+        scores, step = self._checked_scores(state["scores"]), int(state["step"])
         moved = [e for e in entries if e.keep != self._keep[e.group.name]]
         mask_(self.model, SlimPlan(tuple(moved)))
         self._keep = {e.group.name: e.keep for e in entries}
         for track, own in zip(self._tracks, scores):
             track.keeper.state = own
-        self.step = int(state["step"])
+        self.step = step
 
     def _checked_scores(self, scores: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Saved scores sorted by rule, on the weights' devices."""
@@ -237,9 +236,7 @@ class Pruning:
                 if isinstance(linear, MaskedLinear):
                     zero_masked_columns(linear)
         self.step += 1
-        for track in self._tracks:
-            if self.step in track.steps:
-                self._cut(track)
+        self._cut()
 
     def _slimmed(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the model was slimmed since the last step; an optimizer left behind raises."""
@@ -260,17 +257,24 @@ class Pruning:
         )  # the optimizer holds this object: free the old weights
         return True
 
-    def _read_masks(self, groups: Iterable[Group]) -> None:
-        masks = masked_plan(self.model, groups)
+    def _read_masks(self) -> None:
+        masks = masked_plan(self.model, self._groups.values())
         self._keep.update({e.group.name: e.keep for e in masks})
 
-    def _cut(self, track: Track) -> None:
-        """Select anew at the sparsity of this step, and mask what goes."""
-        self._read_masks(track.groups)  # the user, or another Pruning, may have masked more
-        keep = track.choose(self.step, self._weights, self._keep)
-        moved = [g for g in track.groups if keep[g.name] != self._keep[g.name]]
-        mask_(self.model, SlimPlan(tuple(PlanEntry(g, keep[g.name]) for g in moved)))
-        self._keep.update(keep)
+    def _cut(self) -> None:
+        """Select anew where this step is a prune step, and mask what goes."""
+        tracks = [t for t in self._tracks if self.step in t.steps]
+        if not tracks:
+            return
+        self._read_masks(
+            self._groups.values()
+        )  # the user, or another Pruning, may have masked more
+        keep = dict(self._keep)
+        for track in tracks:
+            keep.update(track.choose(self.step, self._weights, self._keep))
+        moved = [PlanEntry(g, keep[n]) for n, g in self._groups.items() if keep[n] != self._keep[n]]
+        mask_(self.model, SlimPlan(tuple(moved)))
+        self._keep = keep
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
@@ -290,10 +294,6 @@ def _names(group: Group) -> tuple[str, ...]:
 
 def _elements(model: nn.Module, group: Group) -> int:
     """Weights and biases of a group that its units own."""
-    count = 0
-    for member in group.producers:
-        linear = model.get_submodule(member.name)
-        count += sum(p.numel() for p in linear.parameters(recurse=False))
-    for member in group.consumers:
-        count += model.get_parameter(f"{member.name}.weight").numel()
-    return count
+    made = (model.get_submodule(m.name).parameters(recurse=False) for m in group.producers)
+    read = (model.get_parameter(f"{m.name}.weight") for m in group.consumers)
+    return sum(p.numel() for p in (*chain.from_iterable(made), *read))

@@ -13,8 +13,11 @@ from torch import nn
 
 from slimkern.auto_slim import model_slim, parse_auto_slim_config, prepare_pruning
 from slimkern.config import WeightPruningConfig
+from slimkern.criteria import importance
 from slimkern.discovery import discover
 from slimkern.masks import is_masked
+from slimkern.plan import PlanEntry, SlimPlan, make_plan
+from slimkern.surgery import mask_
 from tests.tiny_models import (
     FAMILIES,
     FFN,
@@ -180,6 +183,7 @@ def test_columns_of_a_dataset_that_are_no_arguments_are_left_out():
         ({"ffn2_sparsity": -0.5}, ValueError, "got -0.5"),
         ({"mha_sparsity": 1.5}, ValueError, "mha_sparsity must be a number"),
         ({"mha_sparsity": float("nan")}, ValueError, "got nan"),
+        ({"mha_sparsity": "0.5"}, ValueError, r"mha_sparsity must be a number .* got '0\.5'"),
         ({"ffn_sparsity": 0.5}, TypeError, "unknown key 'ffn_sparsity'"),
         (
             {"ffn2_sparsity": 0.5, "prunning_scope": "local"},
@@ -560,3 +564,19 @@ def test_an_optimizer_of_another_model_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="holds none of the model's parameters"):
         model_slim(model, optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0))
     assert repr(model) == text
+
+
+def test_a_plan_made_of_a_masked_or_partly_dead_model_takes_what_is_dead_first():
+    model = FAMILIES["bert"]()
+    found = discover(model)
+    groups = [g for g in found if g.kind == "mha"]
+    with torch.no_grad():  # large weights of a head that nothing reads
+        for group in groups:
+            for member in group.producers:
+                model.get_submodule(member.name).weight[:HEAD_DIM] *= 100
+    zeroed(model, groups[0].name, [0], HEAD_DIM)
+    mask_(model, SlimPlan(tuple(PlanEntry(g, (1, 2, 3)) for g in groups[1:])))
+    scores = importance(model, groups)
+    assert all(s[0] == 0 and (s[1:] > 0).all() for s in scores.values())
+    plan = make_plan(groups, scores, mha_sparsity=0.25)
+    assert all(e.keep == (1, 2, 3) for e in plan)

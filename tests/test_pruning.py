@@ -386,6 +386,16 @@ def test_one_shot_by_magnitude_needs_no_optimizer_and_cuts_at_once():
     assert pruning.done
 
 
+def test_one_shot_rules_cut_all_or_nothing():
+    model = make()
+    with torch.no_grad():
+        model.get_parameter("2.o.weight")[0, 0] = float("nan")
+    rules = (rule(p, pruning_type="magnitude", end_step=0) for p in ("channelx1", "mha"))
+    with pytest.raises(RuntimeError, match=r"2\.o: scores are not finite"):
+        start(model, *rules, optimizer=None)
+    assert not is_masked(model)
+
+
 def test_masks_that_a_model_carries_are_continued():
     model = make()
     start(model, rule(pruning_type="magnitude", end_step=0, target_sparsity=0.25), optimizer=None)

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES
 from torch import nn
 
 from slimkern.cuts import SurgeryError
@@ -20,6 +19,7 @@ from slimkern.surgery import (
     slim_,
     unmasked,
 )
+from tests.tiny_models import FAMILIES
 
 HEADS, HEAD_DIM, HIDDEN, WIDTH = 4, 6, 10, 17
 
