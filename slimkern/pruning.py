@@ -266,9 +266,7 @@ class Pruning:
         tracks = [t for t in self._tracks if self.step in t.steps]
         if not tracks:
             return
-        self._read_masks(
-            self._groups.values()
-        )  # the user, or another Pruning, may have masked more
+        self._read_masks()  # the user, or another Pruning, may have masked more
         keep = dict(self._keep)
         for track in tracks:
             keep.update(track.choose(self.step, self._weights, self._keep))
