@@ -24,7 +24,7 @@ from slimkern.config import (
 )
 from slimkern.cuts import uncompiled
 from slimkern.discovery import discover
-from slimkern.discovery.groups import Discovery
+from slimkern.discovery.groups import Discovery, Group
 from slimkern.masks import carried_masks, masked_beside, masked_plan
 from slimkern.plan import SlimPlan, plan_from_zeros
 from slimkern.pruning import Pruning
@@ -141,9 +141,18 @@ def prepare_pruning(
             )
     model = uncompiled(model)
     found = _discover(model, dataloader)
-    chosen, notes = [], []
+    chosen, notes = _chosen(model, found, config.rules)
+    return Pruning(model, chosen, optimizer, notes)
+
+
+def _chosen(
+    model: nn.Module, found: Discovery, rules: Iterable[PruningRule]
+) -> tuple[list[tuple[PruningRule, tuple[Group, ...]]], list[str]]:
+    """Each rule with the groups that it prunes, and notes; no group goes to two rules."""
+    chosen: list[tuple[PruningRule, tuple[Group, ...]]] = []
+    notes: list[str] = []
     owner: dict[str, int] = {}
-    for position, rule in enumerate(config.rules):
+    for position, rule in enumerate(rules):
         groups, more = targets(model, found, rule)
         for group in groups:
             if group.name in owner:
@@ -154,7 +163,7 @@ def prepare_pruning(
             owner[group.name] = position
         chosen.append((rule, groups))
         notes += more
-    return Pruning(model, chosen, optimizer, notes)
+    return chosen, notes
 
 
 def model_slim(
@@ -189,8 +198,6 @@ def model_slim(
             removal would not be exact, masks are there whose layers are not found, or the
             optimizer is not the model's; nothing has been changed then.
     """
-    if round_multiplier < 1:
-        raise ValueError(f"round_multiplier must be at least 1, got {round_multiplier}")
     given, model = model, uncompiled(model)
     found = _discover(model, dataloader)
     if not found.groups:

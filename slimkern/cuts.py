@@ -142,7 +142,7 @@ def _check_entry(model: nn.Module, entry: PlanEntry) -> None:
             )
     for a in group.attributes:
         try:
-            value = getattr(model.get_submodule(a.module), a.name)
+            value = vars(model.get_submodule(a.module)).get(a.name)
         except AttributeError:
             value = None
         if not isinstance(value, int) or isinstance(value, bool):

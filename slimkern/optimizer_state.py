@@ -29,10 +29,16 @@ def check_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
 
     Raises:
         ValueError: a state tensor has dimensions, but not those of its parameter (a factored
-            second moment, a low-rank or block-wise quantized state).
+            second moment, a low-rank or block-wise quantized state), or lies in a container.
     """
     for parameter in parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, (list, tuple, Mapping)) and value:
+                raise ValueError(
+                    f"optimizer {type(optimizer).__name__}: state {key!r} is a "
+                    f"{type(value).__name__}, which can't be cut with its parameter; slim without "
+                    f"optimizer= and make a new one"
+                )
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
                 raise ValueError(
                     f"optimizer {type(optimizer).__name__}: state {key!r} of shape "
@@ -52,7 +58,8 @@ def move_state(
         moves: old parameter -> (new parameter, ``(dim, kept entries)`` cuts in order).
     """
     for group in optimizer.param_groups:
-        group["params"] = [moves[p][0] if p in moves else p for p in group["params"]]
+        # In place: some optimizers (LBFGS) keep a reference to the list.
+        group["params"][:] = [moves[p][0] if p in moves else p for p in group["params"]]
     for old, (new, steps) in moves.items():
         if old in optimizer.state:
             state = optimizer.state.pop(old)

@@ -99,9 +99,9 @@ def _global_counts(
     """How many units each group loses when the ``total`` lowest scores of all go."""
     gone = dict(floor)
     queue = [
-        (float(scores[name][unit]), position, rank, name)
+        (score, position, rank, name)
         for position, (name, ranked) in enumerate(order.items())
-        for rank, unit in enumerate(ranked.tolist())
+        for rank, score in enumerate(scores[name].detach().float().cpu()[ranked].tolist())
         if floor[name] <= rank < cap[name]
     ]
     queue.sort()

@@ -236,6 +236,22 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused_before_anything_chang
         assert torch.equal(parameter, before[name])
 
 
+def test_an_optimizer_that_keeps_its_state_in_containers_is_refused():
+    block = _block()
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    optimizer.state[block.fc2.weight]["blocks"] = [torch.zeros(3, 3)]
+    with pytest.raises(ValueError, match="SGD: state 'blocks' is a list"):
+        slim_(block, PLAN, optimizer=optimizer)
+    assert block.fc1.out_features == WIDTH
+
+
+def test_the_list_of_parameters_stays_the_one_that_an_optimizer_refers_to():
+    block = _block()
+    optimizer = torch.optim.LBFGS(block.parameters())
+    slim_(block, PLAN, optimizer=optimizer)
+    assert {id(p) for p in optimizer._params} == {id(p) for p in block.parameters()}
+
+
 def test_an_optimizer_of_another_model_is_refused_before_anything_changes():
     block = _block()
     text = repr(block)
