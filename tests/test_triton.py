@@ -193,8 +193,8 @@ def test_float32_follows_torchs_own_setting(setting, want):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting)
-        assert kernels._precision(torch.float32) == want
-        assert kernels._precision(torch.bfloat16) == "ieee"
+        assert _tile.precision(torch.float32) == want
+        assert _tile.precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -208,7 +208,7 @@ def test_float32_follows_the_newer_setting():
     try:
         for setting in ("ieee", "tf32"):
             matmul.fp32_precision = setting
-            assert kernels._precision(torch.float32) == setting
+            assert _tile.precision(torch.float32) == setting
     finally:
         matmul.fp32_precision = before
 

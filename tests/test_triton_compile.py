@@ -161,14 +161,15 @@ def compile_all(names: list[str]) -> None:
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
 
+    from slimkern.ops import _tile
     from slimkern.ops.indexed_linear import triton as kernels
 
     seen = set()
     for name in names:
         target = GPUTarget(*TARGETS[name])
-        kernels._ON_AMD = target.backend == "hip"
+        _tile.ON_AMD = target.backend == "hip"
         for variant in variants():
-            if variant[0] == "tf32" and kernels._ON_AMD:
+            if variant[0] == "tf32" and _tile.ON_AMD:
                 continue
             for kernel, args, kwargs in launches_of(kernels, variant):
                 source, options = source_of(kernel, args, kwargs)

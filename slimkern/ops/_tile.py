@@ -1,4 +1,4 @@
-"""Shared Triton helpers: addresses and masked tiles on the device, choice of tiles on the host.
+"""Shared Triton helpers: masked tiles on the device; choice of tiles and precision on the host.
 
 Everything an op's ``triton.py`` has in common with the next op's, and nothing that knows an op.
 Offsets are int64 throughout: a token's offset times a row stride passes 2**31 long before a GPU's
@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -91,6 +93,9 @@ class Tile(NamedTuple):
     stages: int
 
 
+# Types whose products are exact in float32, and float32 itself.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ON_AMD = torch.version.hip is not None
 # A launch should give every multiprocessor of a large GPU something to do.
 _PROGRAMS = 128
 
@@ -137,10 +142,48 @@ def alignment(*sizes: int) -> int:
     return align
 
 
-def launch_options(tile: Tile, on_amd: bool) -> dict[str, int]:
+def launch_options(tile: Tile) -> dict[str, int]:
     """``num_warps`` and ``num_stages`` of a launch.
 
     An AMD compute unit has 64 KiB of local memory, so its pipeline is two stages deep.
     """
-    stages = min(tile.stages, 2) if on_amd else tile.stages
+    stages = min(tile.stages, 2) if ON_AMD else tile.stages
     return {"num_warps": tile.warps, "num_stages": stages}
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Refuses what the kernels do not compute in.
+
+    Raises:
+        TypeError: a dtype other than float32, float16 or bfloat16.
+    """
+    if tensor.dtype not in _DTYPES:
+        accepted = ", ".join(map(str, _DTYPES))
+        raise TypeError(f"{name} has dtype {tensor.dtype}; backend 'triton' accepts {accepted}")
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Triton's name for the float32 matmul precision that PyTorch's own settings ask for.
+
+    ``tf32`` only where ``torch.set_float32_matmul_precision`` or ``torch.backends`` allows it, and
+    ``ieee`` otherwise. On AMD GPUs always ``ieee``: their matrix units multiply float32 natively.
+    """
+    if dtype != torch.float32 or ON_AMD:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # `allow_tf32` may raise once a user has mixed the two settings; `fp32_precision` never does,
+    # but only newer releases of torch have it.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def contiguous(index: Tensor | None) -> Tensor | None:
+    """An index vector as kernels read it, with stride 1; None stays None."""
+    return None if index is None else index.contiguous()
+
+
+def zeros_unless(whole: bool, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A gradient's memory: zeros, unless every entry is going to be written."""
+    make = torch.empty if whole else torch.zeros
+    return make(shape, dtype=like.dtype, device=like.device)

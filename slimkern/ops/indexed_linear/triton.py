@@ -4,6 +4,8 @@ The equations are those of ``reference.py``. ``W`` is ``[N, K]``; ``R`` and ``C`
 kept rows and columns (``N`` and ``K`` where there is no index vector), ``M`` the number of tokens.
 Every output element is one program's sum, or a fixed-order sum of slices: no atomics, so results
 are the same from run to run.
+
+The file is long because a kernel and the launcher that makes it promises are read together.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,16 +22,20 @@ from slimkern.ops._tile import (
     Tile,
     alignment,
     bucket,
+    check_dtype,
     choose_tile,
+    contiguous,
     dot,
     gather_index,
     launch_options,
     load_tile,
     offsets,
+    precision,
     splits,
     store_tile,
     swizzle,
     with_alignment,
+    zeros_unless,
 )
 
 
@@ -221,8 +227,6 @@ _FLOAT_TILES = (
 )
 _SUM_TILE = Tile(32, 64, 1, warps=4, stages=2)  # of the bias gradient and of the slices' sum
 _GROUP = 8  # rows of tiles per group of the swizzle
-_ON_AMD = torch.version.hip is not None
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _tiles(like: Tensor, align: int, gathers_columns: bool) -> tuple[Tile, ...]:
@@ -231,38 +235,10 @@ def _tiles(like: Tensor, align: int, gathers_columns: bool) -> tuple[Tile, ...]:
     Raises:
         TypeError: a dtype these kernels do not compute in.
     """
-    if like.dtype not in _DTYPES:
-        accepted = ", ".join(map(str, _DTYPES))
-        raise TypeError(f"x has dtype {like.dtype}; backend 'triton' accepts {accepted}")
+    check_dtype("x", like)
     if like.dtype == torch.float32:
         return _FLOAT_TILES
     return _NARROW_TILES if gathers_columns or align < 4 else _HALF_TILES
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Triton's name for the float32 matmul precision that PyTorch's own settings ask for.
-
-    ``tf32`` only where ``torch.set_float32_matmul_precision`` or ``torch.backends`` allows it, and
-    ``ieee`` otherwise. On AMD GPUs always ``ieee``: their matrix units multiply float32 natively.
-    """
-    if dtype != torch.float32 or _ON_AMD:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    # `allow_tf32` may raise once a user has mixed the two settings; `fp32_precision` never does,
-    # but only newer releases of torch have it.
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
-
-
-def _contiguous(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.contiguous()
-
-
-def _zeros_unless(whole: bool, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A gradient's memory: zeros, unless every entry is going to be written."""
-    make = torch.empty if whole else torch.zeros
-    return make(shape, dtype=like.dtype, device=like.device)
 
 
 def indexed_linear_fwd(
@@ -273,7 +249,7 @@ def indexed_linear_fwd(
     Raises:
         TypeError: a dtype other than float32, float16 or bfloat16.
     """
-    rows, cols = _contiguous(rows), _contiguous(cols)
+    rows, cols = contiguous(rows), contiguous(cols)
     M, C = x.shape
     R = weight.shape[0] if rows is None else rows.shape[0]
     y = torch.empty((M, R), dtype=x.dtype, device=x.device)
@@ -287,9 +263,9 @@ def indexed_linear_fwd(
             M, R, C,
             *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0), y.stride(0),
             HAS_ROWS=rows is not None, HAS_COLS=cols is not None, HAS_BIAS=bias is not None,
-            ALIGN=align, PRECISION=_precision(x.dtype),
+            ALIGN=align, PRECISION=precision(x.dtype),
             BLOCK_M=tile.a, BLOCK_R=tile.b, BLOCK_C=tile.k, GROUP=_GROUP,
-            **launch_options(tile, _ON_AMD),
+            **launch_options(tile),
         )  # fmt: skip
     return y
 
@@ -302,7 +278,7 @@ def indexed_linear_dx(
     Raises:
         TypeError: a dtype other than float32, float16 or bfloat16.
     """
-    rows, cols = _contiguous(rows), _contiguous(cols)
+    rows, cols = contiguous(rows), contiguous(cols)
     M, R = grad_y.shape
     C = weight.shape[1] if cols is None else cols.shape[0]
     grad_x = torch.empty((M, C), dtype=grad_y.dtype, device=grad_y.device)
@@ -316,9 +292,9 @@ def indexed_linear_dx(
             M, R, C,
             *grad_y.stride(), *weight.stride(), grad_x.stride(0),
             HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
-            ALIGN=align, PRECISION=_precision(grad_y.dtype),
+            ALIGN=align, PRECISION=precision(grad_y.dtype),
             BLOCK_M=tile.a, BLOCK_C=tile.b, BLOCK_R=tile.k, GROUP=_GROUP,
-            **launch_options(tile, _ON_AMD),
+            **launch_options(tile),
         )  # fmt: skip
     return grad_x
 
@@ -332,7 +308,7 @@ def _reduce(part: Tensor, rows: Tensor | None, cols: Tensor | None, out: Tensor)
         S, R, C, out.stride(0),
         HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
         ALIGN=alignment(R, C, out.stride(0)), BLOCK_R=_SUM_TILE.a, BLOCK_C=block_c,
-        **launch_options(_SUM_TILE, _ON_AMD),
+        **launch_options(_SUM_TILE),
     )  # fmt: skip
 
 
@@ -346,9 +322,9 @@ def indexed_linear_dw(
     Raises:
         TypeError: a dtype other than float32, float16 or bfloat16.
     """
-    rows, cols = _contiguous(rows), _contiguous(cols)
+    rows, cols = contiguous(rows), contiguous(cols)
     (M, R), C = grad_y.shape, x.shape[1]
-    grad_w = _zeros_unless(rows is None and cols is None, (N, K), x)
+    grad_w = zeros_unless(rows is None and cols is None, (N, K), x)
     align = alignment(R, C, grad_y.stride(0), x.stride(0), K)
     tiles = _tiles(x, align, gathers_columns=False)
     if tiles is _NARROW_TILES:
@@ -367,9 +343,9 @@ def indexed_linear_dw(
             M, R, C, triton.cdiv(steps, S) * tile.k,
             *grad_y.stride(), *x.stride(), *part.stride()[:2],
             HAS_ROWS=rows is not None and not sliced, HAS_COLS=cols is not None and not sliced,
-            ALIGN=align, PRECISION=_precision(x.dtype),
+            ALIGN=align, PRECISION=precision(x.dtype),
             BLOCK_R=tile.a, BLOCK_C=tile.b, BLOCK_M=tile.k, GROUP=_GROUP,
-            **launch_options(tile, _ON_AMD),
+            **launch_options(tile),
         )  # fmt: skip
         if sliced:
             _reduce(part, rows, cols, grad_w)
@@ -382,9 +358,9 @@ def indexed_linear_db(grad_y: Tensor, rows: Tensor | None, N: int) -> Tensor:
     Raises:
         TypeError: a dtype other than float32, float16 or bfloat16.
     """
-    rows = _contiguous(rows)
+    rows = contiguous(rows)
     M, R = grad_y.shape
-    grad_b = _zeros_unless(rows is None, (N,), grad_y)
+    grad_b = zeros_unless(rows is None, (N,), grad_y)
     align = alignment(R, grad_y.stride(0))
     _tiles(grad_y, align, gathers_columns=False)
     if R == 0:
@@ -401,7 +377,7 @@ def indexed_linear_db(grad_y: Tensor, rows: Tensor | None, N: int) -> Tensor:
             *grad_y.stride(), part.stride(0),
             HAS_ROWS=rows is not None and not sliced, ALIGN=align,
             BLOCK_M=_SUM_TILE.a, BLOCK_R=_SUM_TILE.b,
-            **launch_options(_SUM_TILE, _ON_AMD),
+            **launch_options(_SUM_TILE),
         )  # fmt: skip
         if sliced:
             _reduce(part[:, :, None], rows, None, grad_b[:, None])
