@@ -3,7 +3,8 @@
     python bench/readme.py --runs runs/full-0 runs/full-1 runs/full-2 --plot docs/results.svg
 
 Each run is a folder that `slimkern demo` or `slimkern slim` wrote. Scores are means over the runs
-(seeds) that are given; latencies are those of the first one. The table goes to standard output.
+(seeds) that are given; latencies are those of the first one, or of the run that --latency names
+(the machine was quiet there). The table goes to standard output.
 """
 
 from __future__ import annotations
@@ -103,9 +104,12 @@ def plot(runs: list[Results], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", nargs="+", type=Path, required=True)
+    parser.add_argument("--latency", type=Path, help="the run whose latencies are shown")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     runs = load(arguments.runs)
+    if arguments.latency is not None:
+        runs[0]["latency"] = load([arguments.latency])[0]["latency"]
     print(table(runs))
     if arguments.plot is not None:
         plot(runs, arguments.plot)
