@@ -6,7 +6,6 @@ top of the explicit path (discover, plan, mask, slim) and adds nothing else.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from slimkern.config import (
 from slimkern.cuts import uncompiled
 from slimkern.discovery import discover
 from slimkern.discovery.groups import Discovery, Group
+from slimkern.discovery.inputs import without_extras
 from slimkern.masks import carried_masks, masked_beside, masked_plan
 from slimkern.plan import SlimPlan, plan_from_zeros
 from slimkern.pruning import Pruning
@@ -261,11 +261,7 @@ def _example_inputs(model: nn.Module, dataloader: Iterable[Any] | None) -> Any:
     batch = next(iter(dataloader), None)
     if batch is None:
         raise ValueError("dataloader holds no batch")
-    if isinstance(batch, Mapping):  # a dataset's other columns are no arguments
-        parameters = inspect.signature(model.forward).parameters
-        if any(k in parameters for k in batch):
-            return {k: v for k, v in batch.items() if k in parameters}
-    return batch
+    return without_extras(model, batch)
 
 
 def _refused_zeros(model: nn.Module, found: Discovery) -> list[str]:

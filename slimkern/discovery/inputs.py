@@ -96,6 +96,16 @@ def prepare(model: nn.Module, example_inputs: Any) -> Inputs:
     return Inputs(args, kwargs, device, dtype)
 
 
+def without_extras(model: nn.Module, batch: Any) -> Any:
+    """A batch without the columns of its dataset that ``model.forward`` does not name."""
+    if not isinstance(batch, Mapping):
+        return batch
+    names = inspect.signature(model.forward).parameters
+    if not any(key in names for key in batch):
+        return batch  # a forward with **kwargs, or one that takes the mapping itself
+    return {key: value for key, value in batch.items() if key in names}
+
+
 def _is_label(key: str, signature: inspect.Signature) -> bool:
     parameter = signature.parameters.get(key)
     return key in _LABELS and (parameter is None or parameter.default is None)
