@@ -102,6 +102,8 @@ ROOMS: list[tuple[str, set[str]]] = [
         {"torch", "huggingface_hub", "slimkern.cuts", "slimkern.plan", "slimkern.surgery"},
     ),
     ("folders.py", set()),
+    ("training/checkpoints.py", {"transformers", "slimkern.training.state_files"}),
+    ("training/healing.py", {"torch", "slimkern.training"}),
     ("training/", TRAINING),
     ("cli/", EVERYTHING),
     ("report/", EVERYTHING),

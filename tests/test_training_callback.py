@@ -8,10 +8,9 @@ import signal
 
 import pytest
 import torch
-from tiny_training import WORDS, write_model, write_pairs
+from tiny_training import WORDS, StopAt, setting_of, trainer_of, write_model
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -21,53 +20,24 @@ import slimkern
 from slimkern.training import (
     DistillationWeights,
     DistillTrainer,
-    EmbeddingTask,
     KeepBest,
     SlimCallback,
     StopOnInterrupt,
-    Teacher,
     TrainingSettings,
-    disable_dropout,
     predict,
 )
-from slimkern.training.data import read_pairs
 
 CUT = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "pruning_scope": "local", "round_multiplier": 8}
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    folder = write_model(tmp_path_factory.mktemp("model"))
-    pairs = read_pairs(write_pairs(tmp_path_factory.mktemp("data") / "train.csv"))
-    task = EmbeddingTask(5.0)
-    return folder, task, task.encode(pairs, AutoTokenizer.from_pretrained(folder), 16, "f")
-
-
-def trainer(setting, folder, *callbacks, epochs=4, teacher=False, **arguments):
-    source, task, rows = setting
-    settings = TrainingSettings(epochs, 1e-3, batch_size=8, warmup=0.0, dropout=False)
-    made = settings.arguments(folder)
-    for name, value in arguments.items():
-        setattr(made, name, value)
-    model = disable_dropout(task.load_model(str(source)))
-    kept = Teacher(task.load_model(str(source)), task, rows) if teacher else None
-    return DistillTrainer(model, task, rows, made, teacher=kept, callbacks=callbacks)
-
-
-class StopAt(TrainerCallback):
-    """Saves a checkpoint at a step and stops there."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
+    return setting_of(tmp_path_factory)
 
 
 def test_masks_grow_to_the_target_and_the_slim_model_is_the_masked_one(setting, tmp_path):
     slim = SlimCallback(**CUT, warm_epochs=1, cooldown_epochs=1, pruning_frequency=2)
-    run = trainer(setting, tmp_path, slim, teacher=True)
+    run = trainer_of(setting, tmp_path, slim, teacher=True)
     run.train()
     _, task, rows = setting
     assert slim.pruning.step == run.state.max_steps == 24
@@ -85,7 +55,7 @@ def test_masks_grow_to_the_target_and_the_slim_model_is_the_masked_one(setting, 
 
 def test_schedule_counts_optimizer_steps(setting, tmp_path):
     slim = SlimCallback(**CUT, warm_epochs=1, cooldown_epochs=2)
-    run = trainer(setting, tmp_path, slim, gradient_accumulation_steps=3)
+    run = trainer_of(setting, tmp_path, slim, gradient_accumulation_steps=3)
     run.train()
     assert run.state.max_steps == 8  # 6 micro-batches an epoch, 3 to a step, 4 epochs
     assert slim.pruning.step == 8
@@ -95,7 +65,7 @@ def test_schedule_counts_optimizer_steps(setting, tmp_path):
 def test_accumulated_micro_batches_train_as_one_batch(setting, tmp_path):
     models = []
     for size, accumulation in ((8, 1), (4, 2)):
-        run = trainer(
+        run = trainer_of(
             setting,
             tmp_path / str(size),
             epochs=1,
@@ -111,11 +81,11 @@ def test_accumulated_micro_batches_train_as_one_batch(setting, tmp_path):
 
 @pytest.mark.parametrize("stop", [5, 6, 15])
 def test_resume_is_exact(setting, tmp_path, stop):
-    straight = trainer(setting, tmp_path / "a", SlimCallback(**CUT), teacher=True)
+    straight = trainer_of(setting, tmp_path / "a", SlimCallback(**CUT), teacher=True)
     straight.train()
-    trainer(setting, tmp_path / "b", SlimCallback(**CUT), StopAt(stop), teacher=True).train()
+    trainer_of(setting, tmp_path / "b", SlimCallback(**CUT), StopAt(stop), teacher=True).train()
     slim = SlimCallback(**CUT)
-    resumed = trainer(setting, tmp_path / "b", slim, teacher=True)
+    resumed = trainer_of(setting, tmp_path / "b", slim, teacher=True)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 24
     assert slim.pruning.step == 24
@@ -124,20 +94,20 @@ def test_resume_is_exact(setting, tmp_path, stop):
 
 
 def test_resume_without_masks_is_an_error(setting, tmp_path):
-    trainer(setting, tmp_path, StopAt(3)).train()
+    trainer_of(setting, tmp_path, StopAt(3)).train()
     with pytest.raises(FileNotFoundError, match=r"slimkern_pruning\.json"):
-        trainer(setting, tmp_path, SlimCallback(**CUT)).train(resume_from_checkpoint=True)
+        trainer_of(setting, tmp_path, SlimCallback(**CUT)).train(resume_from_checkpoint=True)
 
 
 def test_masks_of_another_step_are_an_error(setting, tmp_path):
-    trainer(setting, tmp_path, SlimCallback(**CUT), StopAt(3)).train()
+    trainer_of(setting, tmp_path, SlimCallback(**CUT), StopAt(3)).train()
     for suffix in ("json", "safetensors"):
         shutil.copy(tmp_path / "checkpoint-3" / f"slimkern_pruning.{suffix}", tmp_path)
-    trainer(setting, tmp_path, SlimCallback(**CUT), StopAt(4)).train()
+    trainer_of(setting, tmp_path, SlimCallback(**CUT), StopAt(4)).train()
     for suffix in ("json", "safetensors"):
         shutil.copy(tmp_path / f"slimkern_pruning.{suffix}", tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="masks are of step 3, its model is of step 4"):
-        trainer(setting, tmp_path, SlimCallback(**CUT)).train(resume_from_checkpoint=True)
+        trainer_of(setting, tmp_path, SlimCallback(**CUT)).train(resume_from_checkpoint=True)
 
 
 def test_in_a_plain_trainer_with_configs_of_the_user(tmp_path):
@@ -160,13 +130,13 @@ def test_arguments_are_checked(setting, tmp_path):
         SlimCallback(ffn2_sparsity=0.5, warm_epochs=-1)
     slim = SlimCallback(**CUT, warm_epochs=3, cooldown_epochs=2)
     with pytest.raises(ValueError, match="leave no step of 24"):
-        trainer(setting, tmp_path, slim).train()
+        trainer_of(setting, tmp_path, slim).train()
     with pytest.raises(RuntimeError, match="has not begun"):
         SlimCallback(**CUT).report()
     used = SlimCallback(**CUT)
-    trainer(setting, tmp_path, used, epochs=1).train()
+    trainer_of(setting, tmp_path, used, epochs=1).train()
     with pytest.raises(RuntimeError, match="make a new one"):
-        trainer(setting, tmp_path, used, epochs=1).train()
+        trainer_of(setting, tmp_path, used, epochs=1).train()
     _, task, rows = setting
     model = task.load_model(str(setting[0]))
     arguments = TrainingSettings(1, 1e-3).arguments(tmp_path)
@@ -184,7 +154,7 @@ def test_best_epoch_comes_back_and_patience_ends(setting, tmp_path):
         return next(scores)
 
     best = KeepBest(score, tmp_path / "best", lambda: next(ready), patience=2)
-    run = trainer(setting, tmp_path, best, epochs=6)
+    run = trainer_of(setting, tmp_path, best, epochs=6)
     run.train()
     assert run.state.global_step == 5 * 6  # two epochs without improvement after the third
     assert best.restore(run.model) == 0.7
@@ -195,9 +165,9 @@ def test_best_epoch_comes_back_and_patience_ends(setting, tmp_path):
 def test_best_epoch_survives_an_interruption(setting, tmp_path):
     scores = iter([0.5, 0.9])
     first = KeepBest(lambda model: next(scores), tmp_path / "best", patience=3)
-    trainer(setting, tmp_path, first, StopAt(14)).train()
+    trainer_of(setting, tmp_path, first, StopAt(14)).train()
     again = KeepBest(lambda model: 0.2, tmp_path / "best", patience=3)
-    run = trainer(setting, tmp_path, again)
+    run = trainer_of(setting, tmp_path, again)
     run.train(resume_from_checkpoint=True)
     assert again.best == 0.9
     assert again.epochs_since == 2
@@ -213,7 +183,7 @@ def test_interrupt_finishes_the_step_and_saves(setting, tmp_path):
     said = []
     before = signal.getsignal(signal.SIGINT)
     with StopOnInterrupt(said.append) as stop:
-        run = trainer(setting, tmp_path, SlimCallback(**CUT), Press(), stop)
+        run = trainer_of(setting, tmp_path, SlimCallback(**CUT), Press(), stop)
         run.train()
     assert signal.getsignal(signal.SIGINT) is before
     assert stop.requested

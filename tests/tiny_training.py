@@ -7,7 +7,23 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    TrainerCallback,
+)
+
+from slimkern.training import (
+    DistillTrainer,
+    EmbeddingTask,
+    Teacher,
+    TrainingSettings,
+    disable_dropout,
+)
+from slimkern.training.data import read_pairs
 
 WORDS = ["cat", "dog", "bird", "fish", "runs", "sleeps", "eats", "sings", "red", "blue", "a", "the"]
 
@@ -48,3 +64,34 @@ def write_pairs(path: Path, rows: int = 48, seed: int = 0, kind: str = "score") 
             label = f"{shared:.3f}" if kind == "score" else ("near" if shared > 0.7 else "far")
             writer.writerow([" ".join(first), " ".join(second), label])
     return path
+
+
+def setting_of(tmp_path_factory):
+    """A model's folder, the task of embeddings, and 48 training rows of it."""
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    pairs = read_pairs(write_pairs(tmp_path_factory.mktemp("data") / "train.csv"))
+    task = EmbeddingTask(5.0)
+    return folder, task, task.encode(pairs, AutoTokenizer.from_pretrained(folder), 16, "f")
+
+
+def trainer_of(setting, folder, *callbacks, epochs=4, teacher=False, **arguments):
+    """A Trainer of 6 steps an epoch; its own teacher if asked for."""
+    source, task, rows = setting
+    settings = TrainingSettings(epochs, 1e-3, batch_size=8, warmup=0.0, dropout=False)
+    made = settings.arguments(folder)
+    for name, value in arguments.items():
+        setattr(made, name, value)
+    model = disable_dropout(task.load_model(str(source)))
+    kept = Teacher(task.load_model(str(source)), task, rows) if teacher else None
+    return DistillTrainer(model, task, rows, made, teacher=kept, callbacks=callbacks)
+
+
+class StopAt(TrainerCallback):
+    """Saves a checkpoint at a step and stops there."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True

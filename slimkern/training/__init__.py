@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from slimkern.training.callback import SlimCallback
-from slimkern.training.callbacks import KeepBest, StopOnInterrupt
+from slimkern.training.callbacks import AverageWeights, KeepBest, StopOnInterrupt
 from slimkern.training.distillation import DistillationWeights
+from slimkern.training.healing import HealingSettings, freeze_
 from slimkern.training.task import Task
 from slimkern.training.tasks import ClassificationTask, EmbeddingTask, RegressionTask
 from slimkern.training.teacher import Teacher
 from slimkern.training.trainer import DistillTrainer, TrainingSettings, disable_dropout, predict
 
 __all__ = [
+    "AverageWeights",
     "ClassificationTask",
     "DistillTrainer",
     "DistillationWeights",
     "EmbeddingTask",
+    "HealingSettings",
     "KeepBest",
     "RegressionTask",
     "SlimCallback",
@@ -23,5 +26,6 @@ __all__ = [
     "Teacher",
     "TrainingSettings",
     "disable_dropout",
+    "freeze_",
     "predict",
 ]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from slimkern.auto_slim import parse_auto_slim_config, prepare_pruning
 from slimkern.config import WeightPruningConfig
 from slimkern.pruning import Pruning, PruningReport
-from slimkern.training.state_files import read_state, write_state
+from slimkern.training.checkpoints import read_beside, write_beside
 
 STATE_NAME = "slimkern_pruning"
 Configs = WeightPruningConfig | Iterable[Mapping[str, Any]]
@@ -97,7 +95,7 @@ class SlimCallback(TrainerCallback):
             configs = parse_auto_slim_config(model, **rules)
         pruning = prepare_pruning(model, configs, _unwrapped(kwargs["optimizer"]))
         if state.global_step:
-            pruning.load_state_dict(_read(args, state.global_step))
+            pruning.load_state_dict(read_beside(args, state.global_step, STATE_NAME))
             if pruning.step != state.global_step:
                 raise ValueError(
                     f"the checkpoint's masks are of step {pruning.step}, "
@@ -125,9 +123,8 @@ class SlimCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the masks' state beside the checkpoint that has just been written."""
-        if self.pruning is not None and state.is_world_process_zero:
-            folder = _checkpoint(args, state.global_step)
-            write_state(self.pruning.state_dict(), folder, STATE_NAME)
+        if self.pruning is not None:
+            write_beside(self.pruning.state_dict(), args, state, STATE_NAME)
 
     def report(self) -> PruningReport:
         """What the masks have done so far; prints as a table.
@@ -167,26 +164,3 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def _read(args: TrainingArguments, step: int) -> Any:
-    """The masks' state of the checkpoint that training is resumed from.
-
-    The Trainer does not tell a callback which folder that is: it is the one given in the arguments,
-    or the one of this step in the output folder.
-    """
-    folders = [_checkpoint(args, step)]
-    if isinstance(args.resume_from_checkpoint, str):
-        folders.insert(0, Path(args.resume_from_checkpoint))
-    for folder in folders:
-        if (folder / f"{STATE_NAME}.json").is_file():
-            return read_state(folder, STATE_NAME)
-    looked = " nor ".join(str(folder) for folder in folders)
-    raise FileNotFoundError(
-        f"training is resumed at step {step}, but {looked} holds {STATE_NAME}.json; resume from a "
-        f"checkpoint in output_dir, or name its folder in TrainingArguments(resume_from_checkpoint)"
-    )
