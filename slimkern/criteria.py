@@ -210,7 +210,7 @@ def importance(
     if batches is None:
         raise ValueError(f"criterion {criterion!r} reads gradients and needs batches=")
     count = 0
-    with _differentiable(model, weights.values()):
+    with differentiable(model, weights.values()):
         for batch in batches:
             value = _loss_of(model, batch, loss)
             wanted = list(dict.fromkeys(weights.values()))
@@ -242,7 +242,7 @@ def _loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | 
 
 
 @contextmanager
-def _differentiable(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+def differentiable(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
     """Evaluation mode, gradients for ``weights`` alone; everything as before at the end."""
     modes = {m: m.training for m in model.modules()}
     flags = {p: p.requires_grad for p in model.parameters()}

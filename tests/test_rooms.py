@@ -96,6 +96,19 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("timing.py", {"torch", "numpy", "slimkern.cpu"}),
     ("targets.py", {"torch", "slimkern.config", *DATA}),
     ("auto_slim.py", LIBRARY),
+    ("calibration/watch.py", {"torch"}),
+    (
+        "calibration/ranking.py",
+        {
+            "torch",
+            "slimkern.calibration.batches",
+            "slimkern.calibration.moments",
+            "slimkern.calibration.watch",
+            "slimkern.criteria",
+            "slimkern.discovery.inputs",
+            *DATA,
+        },
+    ),
     ("checkpoint.py", {*LIBRARY, "transformers"}),
     (
         "skeleton.py",
