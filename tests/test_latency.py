@@ -2,62 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, FFN, HEADS, LAYERS, mlp, text_inputs
+from latency_cases import WIDTHS, Clock, Forward, all_levels, refuse, straight
+from tiny_models import FAMILIES, FFN, HEADS, LAYERS, mlp
 from torch import nn
 
 import slimkern
-from slimkern import latency, latency_cache, timing
+from slimkern import timing
 from slimkern.latency import measure_latency, monotone
 from slimkern.timing import Timing
-
-WIDTHS = {"ffn": (80, 64, 48, 32, 16), "mha": (4, 3, 2, 1)}
-
-
-class Forward:
-    """A forward that knows its model, for a clock that reads the time off it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.inputs = model, text_inputs()
-
-    def __call__(self) -> object:
-        return self.model(**self.inputs)
-
-
-class Clock:
-    """A stand-in for ``time_interleaved``: a known time for known widths, another speed of the
-    machine in every run. Counts the runs, and what it has timed."""
-
-    def __init__(self, of_width: Callable[[str, int], float]) -> None:
-        self.of_width, self.runs, self.timed = of_width, 0, []
-
-    def seconds(self, model: nn.Module) -> float:
-        layers = model.encoder.layer
-        widths = [("ffn", layer.output.dense.in_features) for layer in layers]
-        widths += [("mha", layer.attention.output.dense.in_features // 12) for layer in layers]
-        return 5.0 + sum(self.of_width(kind, width) for kind, width in widths)
-
-    def __call__(self, candidates, *, check, rounds, threads):
-        check({name: call() for name, call in candidates.items()})
-        self.runs += 1
-        self.timed.append([call.model for call in candidates.values()])
-        speed = 1 + (3 - self.runs) ** 2  # the third run is the fastest, at the true speed
-        return {
-            name: Timing(tuple(speed * self.seconds(call.model) * s for s in (2.0, 1.0, 3.0)))
-            for name, call in candidates.items()
-        }
-
-
-def straight(kind: str, width: int) -> float:
-    return width * {"ffn": 0.25, "mha": 3.0}[kind]
 
 
 @pytest.fixture
@@ -71,10 +29,6 @@ def clock(monkeypatch) -> Clock:
 def bert() -> tuple[nn.Module, tuple[slimkern.Group, ...]]:
     model = FAMILIES["bert"]()
     return model, slimkern.discover(model).groups
-
-
-def all_levels(groups) -> dict[str, tuple[int, ...]]:
-    return {g.name: WIDTHS[g.kind] for g in groups}
 
 
 def test_a_table_says_what_a_known_clock_says(bert, clock, tmp_path):
@@ -196,102 +150,6 @@ def test_a_real_clock(bert, tmp_path):
     assert again == costs
 
 
-def refuse(model: nn.Module) -> Callable[[], object]:
-    raise AssertionError("a cached table was measured again")
-
-
-def test_a_hit_is_read_without_measuring(bert, clock, tmp_path):
-    model, groups = bert
-    arguments = {"levels": all_levels(groups), "cache": tmp_path, "key": "3x9"}
-    first = measure_latency(model, groups, Forward, **arguments)
-    assert measure_latency(model, groups, refuse, **arguments) == first
-    # A model of the same structure with other weights takes the same time.
-    other = FAMILIES["bert"]()
-    assert measure_latency(other, groups, refuse, **arguments) == first
-    assert [p.suffix for p in tmp_path.iterdir()] == [".json"]
-
-
-def test_what_decides_the_time_decides_the_file(bert, clock, tmp_path, monkeypatch):
-    model, groups = bert
-    levels = all_levels(groups)
-
-    def files(model=model, levels=levels, **arguments) -> int:
-        measure_latency(model, groups, Forward, levels=levels, cache=tmp_path, **arguments)
-        return len(list(tmp_path.iterdir()))
-
-    assert files() == 1
-    assert files(threads=torch.get_num_threads()) == 1
-    assert files(key="8x128") == 2
-    assert files(threads=torch.get_num_threads() + 1) == 3
-    assert files(levels={**levels, groups[0].name: (4, 1)}) == 3  # what is measured is the same
-    assert files(levels={g.name: (g.num_units, 1) for g in groups}) == 4
-    assert files(FAMILIES["bert"](dtype=torch.bfloat16)) == 5
-    assert files(FAMILIES["bert"](hidden_act="relu")) == 6
-    assert files(FAMILIES["bert"](attention="eager")) == 7
-    machine = timing.machine()
-    monkeypatch.setattr(timing, "machine", lambda: {**machine, "cpu": "another"})
-    assert files() == 8
-    monkeypatch.setattr(timing, "versions", lambda: {"torch": "another"})
-    assert files() == 9
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert files() == 10
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: "",
-        lambda text: text[: len(text) // 2],
-        lambda text: "[]",
-        lambda text: json.dumps({**json.loads(text), "version": 0}),
-        lambda text: json.dumps({**json.loads(text), "question": {}}),
-        lambda text: json.dumps({**json.loads(text), "fixed": float("nan")}),
-        lambda text: json.dumps({**json.loads(text), "tables": {}}),
-        lambda text: json.dumps({**json.loads(text), "tables": [1]}),
-        lambda text: "\udcff",
-    ],
-)
-def test_a_damaged_file_is_measured_again_and_replaced(bert, clock, tmp_path, damage):
-    model, groups = bert
-    arguments = {"levels": all_levels(groups), "cache": tmp_path}
-    first = measure_latency(model, groups, Forward, **arguments)
-    (path,) = tmp_path.iterdir()
-    whole = json.loads(path.read_text())
-    path.write_bytes(damage(path.read_text()).encode("utf-8", "surrogateescape"))
-    runs, clock.runs = clock.runs, 0
-    assert measure_latency(model, groups, Forward, **arguments) == first
-    assert clock.runs == runs
-    again = json.loads(path.read_text())
-    whole.pop("measured"), again.pop("measured")
-    assert again == whole
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_cache_lies_in_the_users_cache_folder(bert, clock, tmp_path, monkeypatch):
-    from slimkern.cli.fetch import default_cache_dir
-
-    model, groups = bert
-    for base in (str(tmp_path), "", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", base)
-        assert latency_cache.default_folder() == default_cache_dir() / "latency"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measure_latency(model, groups, Forward, levels=all_levels(groups))
-    assert len(list((tmp_path / "slimkern" / "latency").iterdir())) == 1
-
-
-def test_a_cache_that_cannot_be_written_is_told_before_anything_is_timed(bert, tmp_path):
-    model, groups = bert
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        measure_latency(
-            model, groups, refuse, levels=all_levels(groups), cache=tmp_path / "file" / "cache"
-        )
-
-
 def test_nothing_is_timed_that_is_not_finite(tmp_path):
     model = mlp(10, 24, 10)
     groups = slimkern.discover(model, torch.zeros(4, 10)).groups
@@ -325,16 +183,6 @@ def test_without_levels_the_dense_time_is_fixed(bert, clock, tmp_path):
     assert costs.fixed == costs.total({}) == clock.seconds(model)
 
 
-def test_float32_precision_is_read_after_the_settings_were_mixed(monkeypatch):
-    assert latency._precision()[0] in ("highest", "high", "medium")
-
-    def mixed() -> str:
-        raise RuntimeError("mix of the legacy and new APIs")
-
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
-    assert latency._precision()[0] == "mixed"
-
-
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(-20, 20), min_size=1, max_size=9))
 def test_monotone_is_the_nearest_monotone_sequence(values):
@@ -347,9 +195,3 @@ def test_monotone_is_the_nearest_monotone_sequence(values):
             min(sum(values[j : k + 1]) / (k + 1 - j) for k in range(i, n)) for j in range(i + 1)
         )
         assert found[i] == pytest.approx(expected, abs=1e-12 * 20)
-
-
-def test_the_cache_is_a_path_or_its_text(bert, clock, tmp_path: Path):
-    model, groups = bert
-    costs = measure_latency(model, groups, Forward, levels={}, cache=str(tmp_path))
-    assert measure_latency(model, groups, refuse, levels={}, cache=tmp_path) == costs
