@@ -8,6 +8,8 @@ shifted form of Chan, Golub and LeVeque, "Algorithms for computing the sample va
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,11 +33,11 @@ class Moments:
         self, inputs: int, outputs: int = 0, device: torch.device | str | None = None
     ) -> None:
         self.tokens = 0
-        new = {"dtype": torch.float64, "device": device}
-        self._xx = torch.zeros(inputs, inputs, **new)  # type: ignore[call-overload]
-        self._xy = torch.zeros(inputs, outputs, **new)  # type: ignore[call-overload]
-        self._x = torch.zeros(inputs, **new)  # type: ignore[call-overload]
-        self._y = torch.zeros(outputs, **new)  # type: ignore[call-overload]
+        new: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self._xx = torch.zeros(inputs, inputs, **new)
+        self._xy = torch.zeros(inputs, outputs, **new)
+        self._x = torch.zeros(inputs, **new)
+        self._y = torch.zeros(outputs, **new)
         self._yy = 0.0
         self._shift_x: Tensor | None = None
         self._shift_y: Tensor | None = None
@@ -76,10 +78,48 @@ class Moments:
         shift = torch.zeros_like(self._y) if self._shift_y is None else self._shift_y.double()
         return shift + self._y / max(1, self.tokens)
 
+    def select(self, columns: Tensor) -> Moments:
+        """What would have been summed up if only these inputs had been seen, in this order."""
+        part = Moments(0)
+        part._xx = self._whole()[columns][:, columns]
+        part._xy, part._x = self._xy[columns], self._x[columns]
+        part._y, part._yy, part.tokens = self._y.clone(), self._yy, self.tokens
+        part._shift_x = None if self._shift_x is None else self._shift_x[columns]
+        part._shift_y = self._shift_y
+        return part
+
+    def less(self, constant: Tensor) -> Moments:
+        """The same inputs with ``constant`` ``[m]`` subtracted from every target."""
+        part = copy.copy(self)
+        part._shift_y = None if self._shift_y is None else self._shift_y.double() - constant
+        return part
+
+    def through(self, weight: Tensor, bias: Tensor | None = None) -> Moments:
+        """These inputs with the targets ``y = W x + b`` of a linear, which need not be computed.
+
+        Args:
+            weight: ``[m, n]``.
+            bias: ``[m]``; ``None``: 0.
+        """
+        weight = weight.detach().double()
+        made = Moments(0)
+        made._xx, made._x, made.tokens = self._whole(), self._x.clone(), self.tokens
+        made._xy, made._y = made._xx @ weight.T, weight @ self._x
+        made._yy = float((weight.T * made._xy).sum())
+        if self._shift_x is not None:
+            made._shift_x = self._shift_x
+            made._shift_y = weight @ self._shift_x.double()
+            if bias is not None:
+                made._shift_y = made._shift_y + bias.detach().double()
+        return made
+
+    def _whole(self) -> Tensor:
+        """``_xx`` with its lower half, of which only blocks are summed up, made from the upper."""
+        return torch.triu(self._xx) + torch.triu(self._xx, 1).T
+
     def covariance(self) -> Tensor:
         """``mean((x - mean_x)(x - mean_x)ᵀ)``, ``[n, n]`` in fp64."""
-        upper = torch.triu(self._xx)
-        total = upper + torch.triu(self._xx, 1).T
+        total = self._whole()
         count = max(1, self.tokens)
         return (total - torch.outer(self._x, self._x) / count) / count
 
