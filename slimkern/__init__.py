@@ -7,6 +7,10 @@ The three-call path::
     ...  # your own training loop
     model = slimkern.model_slim(model)
 
+Without training::
+
+    small, plan = slimkern.one_shot(model, batches, ffn2_sparsity=0.5, mha_sparsity=0.5)
+
 The explicit path: ``discover``, ``importance``, ``make_plan``, ``mask_``, ``slim_``, ``save``,
 ``load``.
 """
@@ -22,6 +26,7 @@ from slimkern.config import WeightPruningConfig
 from slimkern.criteria import importance
 from slimkern.cuts import SurgeryError
 from slimkern.discovery import Discovery, Group, discover
+from slimkern.one_shot import OneShot, one_shot, one_shot_family
 from slimkern.plan import PlanEntry, SlimPlan, make_plan
 from slimkern.pruning import Pruning
 from slimkern.surgery import mask_, slim_
@@ -32,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "Discovery",
     "Group",
+    "OneShot",
     "PlanEntry",
     "Pruning",
     "SlimPlan",
@@ -44,6 +50,8 @@ __all__ = [
     "make_plan",
     "mask_",
     "model_slim",
+    "one_shot",
+    "one_shot_family",
     "parse_auto_slim_config",
     "prepare_pruning",
     "save",

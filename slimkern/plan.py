@@ -27,10 +27,13 @@ class PlanEntry:
     Attributes:
         group: the group, as discovery described it.
         keep: sorted indices of the kept units in the **original** layer.
+        error: after a one-shot repair, the fraction of its target's variance that the layer
+            misses on the calibration data; ``None`` where nothing was repaired.
     """
 
     group: Group
     keep: tuple[int, ...]
+    error: float | None = None
 
     def __post_init__(self) -> None:
         name, n = self.group.name, self.group.num_units
@@ -85,7 +88,7 @@ class SlimPlan:
         data = {
             "format": _FORMAT,
             "version": _VERSION,
-            "groups": [{**e.group.to_dict(), "keep": list(e.keep)} for e in self.entries],
+            "groups": [_row(e) for e in self.entries],
             "notes": list(self.notes),
         }
         return json.dumps(data, sort_keys=True)
@@ -108,7 +111,8 @@ class SlimPlan:
             for row in data["groups"]:
                 _check_row(row)
                 keep = tuple(int(i) for i in row.pop("keep"))
-                entries.append(PlanEntry(Group.from_dict(row), keep))
+                error = row.pop("error", None)
+                entries.append(PlanEntry(Group.from_dict(row), keep, error))
             if not all(isinstance(note, str) for note in data["notes"]):
                 raise ValueError(f"not a slimkern plan: notes are {data['notes']!r}")
             return cls(tuple(entries), tuple(data["notes"]))
@@ -116,11 +120,17 @@ class SlimPlan:
             raise ValueError(f"not a slimkern plan: {error!r}") from error
 
 
+def _row(entry: PlanEntry) -> dict[str, Any]:
+    row = {**entry.group.to_dict(), "keep": list(entry.keep)}
+    return row if entry.error is None else {**row, "error": entry.error}
+
+
 _TYPES: dict[str, type] = {
     **dict.fromkeys(("name", "module", "role"), str),
     **dict.fromkeys(("num_units", "unit_size", "per_unit", "dim"), int),
     **dict.fromkeys(("producers", "consumers", "between", "attributes", "keep"), list),
     "is_head": bool,
+    "error": float,
 }
 
 
@@ -156,7 +166,8 @@ def compose(first: SlimPlan, then: SlimPlan) -> SlimPlan:
                 f"of {second.group.num_units}; what came between is not in these plans"
             )
         keep = entry.keep if second is None else tuple(entry.keep[i] for i in second.keep)
-        entries.append(PlanEntry(entry.group, keep))
+        error = entry.error if second is None else second.error
+        entries.append(PlanEntry(entry.group, keep, error))
     return SlimPlan((*entries, *later.values()), first.notes + then.notes)
 
 
@@ -200,7 +211,7 @@ def _renamed(entry: PlanEntry, rename: Callable[[str], str]) -> PlanEntry:
         between=tuple(replace(b, name=rename(b.name)) for b in g.between),
         attributes=tuple(replace(a, module=rename(a.module)) for a in g.attributes),
     )
-    return PlanEntry(group, entry.keep)
+    return PlanEntry(group, entry.keep, entry.error)
 
 
 def make_plan(

@@ -16,6 +16,15 @@ def round_width(width: int, multiple_of: int, num_units: int) -> int:
     return min(num_units, -(-width // multiple_of) * multiple_of)
 
 
+def kept_units(num_units: int, sparsity: float, multiple_of: int = 1) -> int:
+    """How many units stay where the fraction ``sparsity`` goes: at least 1, rounded up.
+
+    As :func:`select` counts in the local scope.
+    """
+    gone = min(int(sparsity * num_units + _EPS), num_units - 1)
+    return round_width(num_units - gone, multiple_of, num_units)
+
+
 def select(
     scores: Mapping[str, Tensor],
     sparsity: float,

@@ -10,13 +10,14 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from slimkern.cuts import checked_cuts, cut, linear_of, spread
-from slimkern.discovery.groups import Group
+from slimkern.cuts import SurgeryError, checked_cuts, cut, linear_of, spread
+from slimkern.discovery.groups import Group, Member
 from slimkern.masks import carried_masks
 from slimkern.nn import MaskedLinear
 from slimkern.optimizer_state import check_owner, check_state, move_state
@@ -173,6 +174,40 @@ def slim_(
     for module, part, whole in noted:
         module.slim_plan = whole  # type: ignore[assignment]
         _update_config(module, part)
+    return model
+
+
+def repair_(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """Give the linear ``name`` new weights, in new parameters of the dtype that it had.
+
+    Args:
+        model: changed in place.
+        name: of a plain linear.
+        weight: ``[out, in]``.
+        bias: ``[out]``; ``None`` leaves the one that is there. A linear without one gets one.
+
+    Raises:
+        SurgeryError: the linear is missing, of another make, or of another size.
+    """
+    linear = linear_of(model, Member(name, 1, "consumer"))
+    old = linear.weight
+    if weight.shape != old.shape or (bias is not None and bias.shape != old.shape[:1]):
+        raise SurgeryError(
+            f"{name!r}: new weights are {tuple(weight.shape)}, the linear's {tuple(old.shape)}"
+        )
+    for part, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            fresh = value.detach().to(old.device, old.dtype, copy=True).contiguous()
+            _assign(model, f"{name}.{part}", nn.Parameter(fresh, old.requires_grad))
+    return model
+
+
+def note_errors_(model: nn.Module, plan: SlimPlan) -> nn.Module:
+    """Write the errors of a plan's groups into the plan that ``slim_`` left on the model."""
+    errors = {e.group.name: e.error for e in plan}
+    told: SlimPlan = vars(model).get("slim_plan", SlimPlan(()))
+    entries = [replace(e, error=errors.get(e.group.name, e.error)) for e in told]
+    model.slim_plan = SlimPlan(tuple(entries), told.notes)  # type: ignore[assignment]
     return model
 
 

@@ -26,6 +26,11 @@ class Batch:
     inputs: Inputs
     mask: Tensor | None
 
+    @property
+    def example(self) -> Any:
+        """The arguments as :func:`slimkern.discover` takes them."""
+        return self.inputs.args or self.inputs.kwargs
+
     def call(self, model: nn.Module) -> Any:
         """Run ``model`` on this batch."""
         args, kwargs = self.inputs.materialize(None)
@@ -112,7 +117,7 @@ def _cut(tensors: Mapping[str, Any], batch_size: int) -> list[dict[str, Tensor]]
     """A mapping of tensors of one length as mappings of ``batch_size`` rows."""
     lengths = {k: len(v) if isinstance(v, Tensor) and v.dim() else None for k, v in tensors.items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
-        raise TypeError(f"batches is a mapping; its values must be tensors of one length: {lengths}")
+        raise TypeError(f"batches is a mapping; values must be tensors of one length: {lengths}")
     rows = next(iter(lengths.values())) or 0
     return [
         {key: value[start : start + batch_size] for key, value in tensors.items()}

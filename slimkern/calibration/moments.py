@@ -8,6 +8,7 @@ shifted form of Chan, Golub and LeVeque, "Algorithms for computing the sample va
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch

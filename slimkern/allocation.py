@@ -1,0 +1,192 @@
+"""One budget for a whole model: costs and error curves, and the widths that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkern.budget import Choice, allocate, levels
+from slimkern.calibration.batches import Batch
+from slimkern.calibration.walk import Progress, Walk
+from slimkern.costs import Costs, count_macs, count_parameters
+from slimkern.curves import Curve, error_curves
+from slimkern.discovery.groups import Group
+from slimkern.latency import measure_latency
+from slimkern.layerwise import Method
+
+KINDS = ("params", "macs", "latency", "speedup")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may cost at most.
+
+    Attributes:
+        kind: ``params``, ``macs``, ``latency`` (seconds of a forward) or ``speedup``.
+        values: one per slim model that is wanted.
+    """
+
+    kind: str
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for value in self.values:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"target_{self.kind} must be a positive number, got {value!r}")
+            if self.kind == "speedup" and value < 1:
+                raise ValueError(f"target_speedup must be at least 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the tables say of a slim model.
+
+    Attributes:
+        unit: ``parameters``, ``MACs`` or ``seconds``.
+        dense, slim: of the dense and of the slim model.
+        shape: (batch, tokens) of the forward; ``None`` for parameters.
+    """
+
+    unit: str
+    dense: float
+    slim: float
+    shape: tuple[int, int] | None
+
+    @property
+    def ratio(self) -> float:
+        """How many times less the slim model costs."""
+        return self.dense / self.slim
+
+
+class Allocation:
+    """Costs and errors of every group at every width, and budgets spent on them.
+
+    Args:
+        model: the dense model, in evaluation mode.
+        groups: what may be cut.
+        budget: what is to be kept to.
+        shape: (batch, tokens) of the forward that latency and MACs are of.
+        round_multiplier: FFN widths are multiples of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        budget: Budget,
+        shape: tuple[int, int],
+        round_multiplier: int,
+    ) -> None:
+        if len(shape) != 2 or min(shape) < 1:
+            raise ValueError(f"latency_shape must be (batch, tokens), got {shape!r}")
+        self.model = model
+        self.groups = groups
+        self.budget = budget
+        self.shape = shape
+        self.levels = {
+            g.name: levels(g.num_units, round_multiplier if g.kind == "ffn" else 1) for g in groups
+        }
+        self.costs = Costs("", 0.0, {})
+        self.curves: Mapping[str, Curve] = {}
+
+    def count(
+        self,
+        example: Batch,
+        threads: int | None,
+        cache: str | Path | None,
+        progress: Progress,
+    ) -> None:
+        """Count, or measure, what every width costs.
+
+        Args:
+            example: a batch, from which inputs of the wanted shape are made for timing.
+            threads, cache: as of :func:`slimkern.latency.measure_latency`.
+        """
+        if self.budget.kind == "params":
+            self.costs = count_parameters(self.model, self.groups)
+        elif self.budget.kind == "macs":
+            self.costs = count_macs(self.model, self.groups, self.shape)
+        else:
+            dtype = next(p.dtype for p in self.model.parameters())
+            batch, tokens = self.shape
+            self.costs = measure_latency(
+                self.model,
+                self.groups,
+                forward_of(example, self.shape),
+                levels=self.levels,
+                threads=threads,
+                cache=cache,
+                key=f"{batch} x {tokens} tokens, {dtype}",
+                progress=lambda done, total: progress("measure latency", done, total),
+            )
+
+    def observe(self, walk: Walk, method: Method, progress: Progress) -> None:
+        """Measure what every width loses."""
+        self.curves = error_curves(walk, self.model, self.levels, method, progress)
+
+    def widths(self, value: float) -> tuple[dict[str, int], Prediction]:
+        """The widths that lose least under a budget of ``value``, and what they cost.
+
+        Raises:
+            ValueError: the smallest widths cost more; the message says what they cost.
+        """
+        full = {g.name: g.num_units for g in self.groups}
+        dense = self.costs.total(full)
+        limit = dense / value if self.budget.kind == "speedup" else float(value)
+        choices = []
+        for group in self.groups:
+            kept = self.levels[group.name]
+            curve = self.curves[group.name]
+            spent = tuple(self.costs.of(group.name, n) for n in kept)
+            choices.append(Choice(group.name, kept, tuple(curve[n] for n in kept), spent))
+        smallest = self.costs.fixed + sum(min(c.costs) for c in choices)
+        if limit < smallest:
+            raise ValueError(
+                f"target_{self.budget.kind}={value:g} can't be met: the dense model takes "
+                f"{dense:.6g} {self.costs.unit} and the smallest one {smallest:.6g} "
+                f"({dense / smallest:.2f} times less)"
+            )
+        widths = allocate(choices, limit - self.costs.fixed)
+        shape = None if self.budget.kind == "params" else self.shape
+        return widths, Prediction(self.costs.unit, dense, self.costs.total(widths), shape)
+
+
+def forward_of(
+    example: Batch, shape: tuple[int, int]
+) -> Callable[[nn.Module], Callable[[], object]]:
+    """Forwards of ``shape`` (batch, tokens), to be timed, with inputs made from an example's.
+
+    Rows are repeated or left out to make up the batch, and so are the columns of whole numbers
+    (token ids, types, masks); a mask of tokens becomes all ones. Other inputs keep their columns.
+    """
+    rows, columns = shape
+
+    def sized(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        value = _repeated(value, 0, rows)
+        if value.dim() == 2 and not value.is_floating_point():
+            value = _repeated(value, 1, columns)
+            return torch.ones_like(value) if name == "attention_mask" else value
+        return value
+
+    args = tuple(sized("", value) for value in example.inputs.args)
+    kwargs = {name: sized(name, value) for name, value in example.inputs.kwargs.items()}
+
+    def call(model: nn.Module) -> Callable[[], object]:
+        device = next(model.parameters()).device
+        here = [v.to(device) if isinstance(v, Tensor) else v for v in args]
+        named = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        return lambda: model(*here, **named)
+
+    return call
+
+
+def _repeated(tensor: Tensor, dim: int, size: int) -> Tensor:
+    index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+    return tensor.index_select(dim, index)
