@@ -1,70 +1,33 @@
 """The report's figures: inline SVG whose ink follows the page, in light and in dark.
 
 Drawn with matplotlib's object interface (no global state, no screen). Text stays text, in the
-page's font; the ink, the grid and the tracks are drawn in placeholder colours and exchanged for the
-page's CSS variables.
+page's font.
 """
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from slimkern.report.drawing import DENSE, INK, MINUS, SLIM, STYLE, TIMES, TRACK, WARM, svg
 from slimkern.report.schema import HistoryPoint, LatencyRow, LayerWidth, Size
 
 if TYPE_CHECKING:
     from slimkern.training.evaluation import Score
 
-MINUS, TIMES = "\u2212", "\u00d7"  # typographic, written so that nobody takes them for - and x
 
-INK, GRID, TRACK = "#010203", "#040506", "#070809"
-DENSE, SLIM, WARM = "#0a0b0c", "#0d0e0f", "#101112"
-_VARIABLES = {
-    INK: "var(--ink)",
-    GRID: "var(--line)",
-    TRACK: "var(--track)",
-    DENSE: "var(--dense)",
-    SLIM: "var(--slim)",
-    WARM: "var(--warm)",
-}
 _MOST_POINTS = 500  # of a drawn line: a page is read at about 1,000 pixels
-
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10.5,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "lines.solid_capstyle": "round",
-}
 
 
 def accuracy(scores: Sequence[Score]) -> str:
     """Dense and slim per split and metric, beside the difference with its interval."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 0.52 * len(scores) + 1.3), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         rows = np.arange(len(scores))[::-1]
@@ -90,34 +53,54 @@ def accuracy(scores: Sequence[Score]) -> str:
         for axes in (left, right):
             axes.xaxis.set_major_locator(MaxNLocator(5))
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2)
-        return _svg(figure, "accuracy", "Scores of the dense and the slim model")
+        return svg(figure, "accuracy", "Scores of the dense and the slim model")
 
 
 def widths(layers: Sequence[LayerWidth]) -> str:
     """What stays of every layer, over what was there: a panel per kind."""
-    kinds = [k for k in ("ffn", "mha") if any(w["kind"] == k for w in layers)]
     titles = {"ffn": "FFN channels kept", "mha": "Attention heads kept"}
-    with matplotlib.rc_context(_STYLE):
+    bars = {w["name"]: (w["kept"], w["total"], f"{w['kept']:,} of {w['total']:,}") for w in layers}
+    return _layer_bars(layers, bars, titles, "widths", "Units kept in every layer")
+
+
+def errors(layers: Sequence[LayerWidth]) -> str:
+    """One-shot: what every repaired layer misses of its target's variance; a panel per kind."""
+    own = [w for w in layers if "error" in w]
+    most = max(w["error"] for w in own)
+    bars = {w["name"]: (w["error"], most, f"{w['error']:.2%}") for w in own}
+    titles = {"ffn": "FFN: variance missed", "mha": "Attention: variance missed"}
+    return _layer_bars(own, bars, titles, "errors", "Error of every repaired layer")
+
+
+def _layer_bars(
+    layers: Sequence[LayerWidth],
+    bars: Mapping[str, tuple[float, float, str]],
+    titles: Mapping[str, str],
+    name: str,
+    title: str,
+) -> str:
+    """A bar per layer, a panel per kind: ``bars`` are (length, length of the track, text)."""
+    kinds = [k for k in ("ffn", "mha") if any(w["kind"] == k for w in layers)]
+    with matplotlib.rc_context(STYLE):
         most = max(sum(w["kind"] == k for w in layers) for k in kinds)
         figure = Figure(figsize=(9.2, 0.30 * most + 1.1), layout="constrained")
         panels = figure.subplots(1, len(kinds), squeeze=False)[0]
         for kind, axes in zip(kinds, panels):
-            own = [w for w in layers if w["kind"] == kind]
+            own = [w["name"] for w in layers if w["kind"] == kind]
             y = np.arange(len(own))[::-1]
-            axes.barh(y, [w["total"] for w in own], color=TRACK, height=0.66)
-            axes.barh(y, [w["kept"] for w in own], color=SLIM, height=0.66)
-            widest = max(w["total"] for w in own)
-            for at, width in zip(y, own):
-                label = f"{width['kept']:,} of {width['total']:,}"
-                axes.text(widest * 1.02, at, label, va="center", fontsize=9)
-            axes.set_yticks(y, layer_labels([w["name"] for w in own]))
-            axes.set_xlim(0, widest * 1.32)
+            axes.barh(y, [bars[n][1] for n in own], color=TRACK, height=0.66)
+            axes.barh(y, [bars[n][0] for n in own], color=SLIM, height=0.66)
+            longest = max(bars[n][1] for n in own) or 1.0
+            for at, n in zip(y, own):
+                axes.text(longest * 1.02, at, bars[n][2], va="center", fontsize=9)
+            axes.set_yticks(y, layer_labels(own))
+            axes.set_xlim(0, longest * 1.32)
             axes.set_ylim(-0.6, len(own) - 0.4)
             axes.set_xticks([])
             axes.grid(visible=False)
             axes.spines[["bottom", "left"]].set_visible(False)
             axes.set_title(titles[kind])
-        return _svg(figure, "widths", "Units kept in every layer")
+        return svg(figure, name, title)
 
 
 def history(points: Sequence[HistoryPoint], score_name: str) -> str:
@@ -125,7 +108,7 @@ def history(points: Sequence[HistoryPoint], score_name: str) -> str:
     steps = [p["step"] for p in points]
     sparse = [k for k in ("ffn_sparsity", "mha_sparsity") if any(k in p for p in points)]
     shown = [bool(sparse), any("loss" in p for p in points), any("score" in p for p in points)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 1.9 * sum(shown) + 0.6), layout="constrained")
         panels = iter(figure.subplots(max(1, sum(shown)), 1, sharex=True, squeeze=False)[:, 0])
         last = None
@@ -155,7 +138,7 @@ def history(points: Sequence[HistoryPoint], score_name: str) -> str:
             last.set_xlabel("step")
             last.set_xlim(min(steps), max(max(steps), min(steps) + 1))
             last.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _svg(figure, "history", "Sparsity and loss over the steps")
+        return svg(figure, "history", "Sparsity and loss over the steps")
 
 
 def size(sizes: Size) -> str:
@@ -198,7 +181,7 @@ def milliseconds(seconds: float) -> str:
 def _paired_bars(rows: Sequence[tuple[str, float, float, str, str]], name: str, title: str) -> str:
     """Pairs of bars of very different sizes: (label, dense, slim, dense's text, slim's text)."""
     longest = max(max(slim / dense if dense else 1.0, 1.0) for _, dense, slim, _, _ in rows)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 0.66 * len(rows) + 0.6), layout="constrained")
         axes = figure.subplots()
         y = np.arange(len(rows))[::-1]
@@ -215,7 +198,7 @@ def _paired_bars(rows: Sequence[tuple[str, float, float, str, str]], name: str, 
         axes.grid(visible=False)
         axes.spines[["bottom", "left"]].set_visible(False)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
-        return _svg(figure, name, title)
+        return svg(figure, name, title)
 
 
 def number(section: Mapping[str, object], key: str) -> float:
@@ -264,27 +247,3 @@ def _smoothed(y: np.ndarray) -> np.ndarray:
     """A centred running mean over a twentieth of the points."""
     half = max(1, len(y) // 40)
     return np.array([y[max(0, i - half) : i + half + 1].mean() for i in range(len(y))])
-
-
-def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an SVG element that takes its colours from the page."""
-    out = io.StringIO()
-    # Ids of clip paths and markers are hashed with the salt: unique on the page, and repeatable.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(
-            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-        )
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = re.sub(
-        r'"(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend|'
-        r'PathCollection|LineCollection)_(\d+)"',
-        rf'"{name}-\1-\2"',
-        text,
-    )
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from slimkern.report import figures
+from slimkern.report import comparisons, figures
+from slimkern.report.check import check
 from slimkern.report.figures import MINUS, TIMES, both
-from slimkern.report.schema import LatencyRow, Results, Size, check
+from slimkern.report.schema import LatencyRow, Results, Size
 
 if TYPE_CHECKING:
     from slimkern.training.evaluation import Score
@@ -59,13 +60,15 @@ def render(results: Results) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(count=_count, score=_score, signed=_signed, ms=_ms, mb=_mb)
-    environment.filters.update(duration=_duration, setting=_setting)
+    environment.filters.update(duration=_duration, setting=_setting, faster=comparisons.faster)
     template = environment.get_template("report.html.j2")
     return template.render(
         r=results,
         cards=_cards(results),
         figures={name: Markup(svg) for name, svg in _figures(results).items()},
         size_rows=_size_rows(results.get("size") or {}),
+        family_rows=comparisons.family_rows(results["family"]) if results.get("family") else [],
+        method_rows=comparisons.method_rows(results.get("methods") or ()),
         machine=_machine(results),
     )
 
@@ -77,6 +80,17 @@ def _figures(results: Results) -> dict[str, str]:
         drawn["accuracy"] = figures.accuracy(results["scores"])
     if results.get("layers"):
         drawn["widths"] = figures.widths(results["layers"])
+    if any("error" in width for width in results.get("layers") or ()):
+        drawn["errors"] = figures.errors(results["layers"])
+    if results.get("methods"):
+        names = [method["name"] for method in results["methods"]]
+        rows = comparisons.method_rows(results["methods"])
+        if rows:
+            drawn["methods"] = comparisons.methods(names, rows)
+    if results.get("family"):
+        found = comparisons.curve_of(results)
+        if found is not None:
+            drawn["curve"] = found
     if results.get("history"):
         drawn["history"] = figures.history(results["history"], results.get("history_score", ""))
     if results.get("size"):

@@ -7,7 +7,6 @@ can be read back and rendered again. Only ``title``, ``command``, ``date``, ``ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from slimkern.timing import LatencyRow, Machine
@@ -17,19 +16,24 @@ if TYPE_CHECKING:
     from slimkern.training.evaluation import Score
 
 __all__ = [
-    "REQUIRED",
+    "Calibration",
+    "Cost",
     "Data",
+    "Family",
+    "FamilyMember",
     "HistoryPoint",
     "Latency",
     "LatencyRow",
     "LayerWidth",
     "Machine",
+    "MethodResult",
     "Model",
+    "OneShot",
     "Results",
     "Size",
     "Stage",
-    "check",
     "layer_widths",
+    "method_result",
 ]
 
 Scalar = str | int | float | bool | None
@@ -67,13 +71,18 @@ class Size(TypedDict, total=False):
     slim_bytes: int
 
 
-class LayerWidth(TypedDict):
-    """Units that stayed in one group; :func:`layer_widths` fills in a whole plan."""
-
+class _Width(TypedDict):
     name: str
     kind: Literal["ffn", "mha"]
     kept: int
     total: int
+
+
+class LayerWidth(_Width, total=False):
+    """Units that stayed in one group; :func:`layer_widths` fills in a whole plan."""
+
+    error: float
+    """One-shot: the fraction of its target's variance that the repaired layer misses."""
 
 
 class HistoryPoint(TypedDict, total=False):
@@ -107,6 +116,79 @@ class Latency(TypedDict, total=False):
     """What was compared before the clock was started, in one sentence."""
 
 
+class Calibration(TypedDict, total=False):
+    """What the one-shot road saw of the data."""
+
+    source: str
+    sequences: int
+    tokens: int
+
+
+class Cost(TypedDict):
+    """What a forward of both models costs, or what they weigh."""
+
+    unit: str
+    """``seconds``, ``parameters`` or ``MACs``."""
+    dense: float
+    slim: float
+
+
+class OneShot(TypedDict, total=False):
+    """What the one-shot road has to tell beside the common sections."""
+
+    seconds: float
+    """Of calibration, selection and repair."""
+    calibration: Calibration
+    before_healing: list[Score]
+    """As ``scores``, with the model as the cut left it; empty where nothing was healed."""
+    shape: list[int]
+    """(batch, tokens) of predicted and measured latency."""
+    predicted: Cost
+    measured: Cost
+
+
+class _Member(TypedDict):
+    name: str
+    parameters: int
+    parameters_no_embeddings: int
+    slim_min: float
+    slim_median: float
+    scores: list[Score]
+
+
+class FamilyMember(_Member, total=False):
+    """One model of a family; its times were taken in turns with all the others."""
+
+    target_speedup: float
+    """What was asked for; absent for the model that the run is about."""
+    predicted: Cost
+    heal_epochs: float
+
+
+class Family(TypedDict):
+    """Models of several speeds from one calibration, the run's own among them."""
+
+    shape: list[int]
+    threads: int
+    rounds: int
+    dense_min: float
+    dense_median: float
+    members: list[FamilyMember]
+
+
+class MethodResult(TypedDict, total=False):
+    """One of several runs with the same teacher; :func:`method_result` fills it in."""
+
+    name: str
+    """``one-shot`` or ``gradual``."""
+    seconds: float
+    """Of the slimming alone: no dense training, no evaluation."""
+    scores: list[Score]
+    size: Size
+    latency: Latency
+    settings: dict[str, Scalar]
+
+
 class Results(TypedDict, total=False):
     """Everything a run has to tell. See the module's docstring for what is required."""
 
@@ -117,6 +199,8 @@ class Results(TypedDict, total=False):
     """ISO 8601, with the time zone."""
     machine: Machine
     versions: dict[str, str]
+    method: str
+    """``one-shot`` or ``gradual``."""
     model: Model
     data: Data
     settings: dict[str, Scalar]
@@ -128,63 +212,42 @@ class Results(TypedDict, total=False):
     history_score: str
     """What ``HistoryPoint.score`` is, for example ``dev Spearman``."""
     stages: list[Stage]
+    seconds: float
+    """Of the slimming alone: no dense training, no evaluation."""
     latency: Latency
+    one_shot: OneShot
+    family: Family
+    methods: list[MethodResult]
+    """All runs with this teacher, where there are several; the other sections are of the first."""
     notes: list[str]
 
 
-_SCORE = ("split", "metric", "dense", "slim", "low", "high", "level", "rows")
-"""The keys of :class:`slimkern.training.evaluation.Score`, which is not imported for them: it lives
-beside the trainer."""
-
-REQUIRED: tuple[str, ...] = ("title", "command", "date", "machine", "versions")
-
-
-def check(results: Mapping[str, object]) -> None:
-    """Refuse results that the page could not render honestly.
+def method_result(results: Results) -> MethodResult:
+    """What a page about several runs shows of one of them.
 
     Raises:
-        ValueError: a required section is missing or empty, or a section is unknown; the message
-            names it and what is accepted.
+        ValueError: the results do not say by which method they were made.
     """
-    missing = [key for key in REQUIRED if not results.get(key)]
-    if missing:
-        raise ValueError(f"results lacks {', '.join(missing)}; required: {', '.join(REQUIRED)}")
-    unknown = sorted(set(results) - set(Results.__annotations__))
-    if unknown:
-        accepted = ", ".join(Results.__annotations__)
-        raise ValueError(f"results has unknown sections {', '.join(unknown)}; accepted: {accepted}")
-    _check_rows(
-        results, "layers", tuple(LayerWidth.__annotations__), ("name", "kind", "kept", "total")
-    )
-    _check_rows(results, "scores", _SCORE, ("split", "metric", "dense", "slim"))
-    _check_rows(results, "history", tuple(HistoryPoint.__annotations__), ("step",))
-
-
-def _check_rows(
-    results: Mapping[str, object],
-    section: str,
-    accepted: Sequence[str],
-    required: Sequence[str],
-) -> None:
-    rows = results.get(section) or ()
-    assert isinstance(rows, Sequence)
-    for index, row in enumerate(rows):
-        wrong = [k for k in required if k not in row] + [k for k in row if k not in accepted]
-        if wrong:
-            raise ValueError(
-                f"results[{section!r}][{index}] lacks or does not know {', '.join(wrong)}; "
-                f"required: {', '.join(required)}; accepted: {', '.join(accepted)}"
-            )
+    if "method" not in results:
+        raise ValueError("results do not say their method")
+    found: MethodResult = {"name": results["method"]}
+    for key in ("seconds", "scores", "size", "latency", "settings"):
+        if key in results:
+            found[key] = results[key]
+    return found
 
 
 def layer_widths(plan: SlimPlan) -> list[LayerWidth]:
     """The ``layers`` section of a plan: what stays of every group, in the plan's order."""
-    return [
-        LayerWidth(
+    rows = []
+    for entry in plan.entries:
+        row = LayerWidth(
             name=entry.group.name,
             kind=entry.group.kind,
             kept=len(entry.keep),
             total=entry.group.num_units,
         )
-        for entry in plan.entries
-    ]
+        if entry.error is not None:
+            row["error"] = entry.error
+        rows.append(row)
+    return rows
