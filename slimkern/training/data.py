@@ -88,6 +88,39 @@ def read_pairs(path: str | Path, columns: Columns | None = None) -> list[Pair]:
     return [_pair(path, line, cells, wanted) for line, cells in table.rows]
 
 
+def read_texts(path: str | Path, columns: Columns | None = None) -> list[tuple[str, str | None]]:
+    """Read texts without labels: (first, second or ``None``) of every row.
+
+    Args:
+        path: a ``.txt`` file of one text a line, where empty lines do not count, or a file of any
+            format that :func:`read_pairs` reads, with one or two columns of text.
+        columns: which columns to take; ``label`` is not looked at.
+
+    Raises:
+        DataError: as :func:`read_pairs`, but for labels.
+    """
+    columns = columns or Columns()
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.suffix.lower() == ".txt":
+        lines = [line.strip() for line in _read_text(path).split("\n")]
+        texts: list[tuple[str, str | None]] = [(line, None) for line in lines if line]
+        if not texts:
+            raise DataError(f"{path}: has no text")
+        return texts
+    table = _read_table(path, columns, (".txt", *FORMATS))
+    if not table.rows:
+        raise DataError(f"{path}: has no rows")
+    wanted = {
+        "first sentence": _column(table, columns.first, FIRST_NAMES, "--sentence1"),
+        "second sentence": _column(table, columns.second, SECOND_NAMES, "--sentence2", must=False),
+        "label": None,
+    }
+    pairs = [_pair(path, line, cells, wanted) for line, cells in table.rows]
+    return [(pair.first, pair.second) for pair in pairs]
+
+
 def numeric_labels(pairs: Sequence[Pair], path: str | Path) -> list[float]:
     """The labels as finite numbers.
 
@@ -133,20 +166,25 @@ def class_labels(pairs: Sequence[Pair], names: Sequence[str], path: str | Path) 
     return result
 
 
-def _read_table(path: Path, columns: Columns) -> _Table:
+def _read_table(path: Path, columns: Columns, accepted: Sequence[str] = FORMATS) -> _Table:
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
-        raise DataError(f"{path}: the format {suffix!r} is unknown; accepted: {', '.join(FORMATS)}")
+        known = ", ".join(accepted)
+        raise DataError(f"{path}: the format {suffix!r} is unknown; accepted: {known}")
     if suffix == ".parquet":
         return _read_parquet(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise DataError(f"{path}: is not UTF-8 text ({where})") from None
+    text = _read_text(path)
     if suffix in (".jsonl", ".json"):
         return _read_jsonl(path, text)
     return _read_delimited(path, text, columns)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise DataError(f"{path}: is not UTF-8 text ({where})") from None
 
 
 def _read_delimited(path: Path, text: str, columns: Columns) -> _Table:
