@@ -35,7 +35,7 @@ fi
 exec slimkern slim "$MODEL" \
     --train "$TRAIN" --eval "${EVAL:?EVAL must name the evaluation file}" ${TEST:+--test "$TEST"} \
     ${COLUMNS_ARE:-} --task regression --output "$OUTPUT" \
-    --ffn2-sparsity "$FFN_SPARSITY" --mha-sparsity "$MHA_SPARSITY" \
+    --method gradual --ffn2-sparsity "$FFN_SPARSITY" --mha-sparsity "$MHA_SPARSITY" \
     --scope local --decay exp --frequency 500 \
     --epochs "$EPOCHS" --lr "$LR" --dense-epochs "$EPOCHS" --dense-lr "$DENSE_LR" \
     --warm-epochs 1 --cooldown-epochs 3 --distill hidden=2 \

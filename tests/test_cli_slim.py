@@ -1,4 +1,4 @@
-"""``slimkern slim`` on tiny models and files: what it leaves behind, resume, and its errors."""
+"""``slimkern slim --method gradual`` on tiny models and files: results, resume, errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ from typer.testing import CliRunner
 import slimkern
 from slimkern.cli.main import app
 
-FAST = ["--epochs", "2", "--batch-size", "16", "--warm-epochs", "0", "--cooldown-epochs", "1"]
+GRADUAL = ["--method", "gradual"]
+FAST = [
+    *GRADUAL,
+    "--epochs",
+    "2",
+    "--batch-size",
+    "16",
+    "--warm-epochs",
+    "0",
+    "--cooldown-epochs",
+    "1",
+]
 CUT = ["--ffn2-sparsity", "0.5", "--mha-sparsity", "0.5", "--round-multiplier", "8"]
 
 
@@ -103,7 +114,7 @@ def test_regression_with_the_reference_loss(files, tmp_path):
 
 def test_interrupt_and_go_on(files, tmp_path):
     """Ctrl-C within the slimming: exit code 130, and the same command ends as if undisturbed."""
-    more = [*CUT, "--epochs", "4", "--batch-size", "4", "--threads", "1"]
+    more = [*CUT, *GRADUAL, "--epochs", "4", "--batch-size", "4", "--threads", "1"]
     assert slim(files, tmp_path / "straight", *more).exit_code == 0
     data = ["--train", files["train"], "--eval", files["dev"]]
     command = ["slim", files["model"], *data, "--output", str(tmp_path / "stopped"), *more]
@@ -146,7 +157,7 @@ def test_interrupt_and_go_on(files, tmp_path):
     ],
 )
 def test_errors_name_what_is_wrong(files, tmp_path, options, message):
-    done = slim(files, tmp_path / "run", "--no-finetune", *options)
+    done = slim(files, tmp_path / "run", "--no-finetune", *GRADUAL, *options)
     assert done.exit_code == 2, done.output
     flat = " ".join(done.output.replace("│", " ").split())
     assert message in flat

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -39,12 +42,28 @@ class Display:
     """Bars and lines of a run, on standard error so that standard output stays for results.
 
     Attributes:
-        stages: (name, seconds) of every finished stage, in order.
+        stages: seconds of every stage, by name, in order; what a stage took before it was
+            interrupted counts.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self.stages: list[tuple[str, float]] = []
+        self.stages: dict[str, float] = {}
+        self._kept: Path | None = None
+
+    def keep_stages(self, path: Path) -> None:
+        """Go on with the times of a file, if it is there, and keep them in it from now on."""
+        self._kept = path
+        if path.is_file():
+            for name, seconds in json.loads(path.read_text(encoding="utf-8")).items():
+                self.stages[name] = self.stages.get(name, 0.0) + seconds
+        self._write_stages()
+
+    def _write_stages(self) -> None:
+        if self._kept is not None:
+            scratch = self._kept.with_suffix(".part")
+            scratch.write_text(json.dumps(self.stages, indent=1), encoding="utf-8")
+            os.replace(scratch, self._kept)
 
     def line(self, text: str) -> None:
         """Write one line above the bars."""
@@ -65,8 +84,12 @@ class Display:
             TextColumn("{task.fields[detail]}", markup=False),
         )
         hidden = not self.console.is_terminal
-        with Progress(*columns, console=self.console, disable=hidden, transient=True) as progress:
-            yield Bar(progress, name)
-        seconds = time.perf_counter() - start
-        self.stages.append((name, seconds))
+        try:
+            progress = Progress(*columns, console=self.console, disable=hidden, transient=True)
+            with progress:
+                yield Bar(progress, name)
+        finally:
+            seconds = time.perf_counter() - start
+            self.stages[name] = self.stages.get(name, 0.0) + seconds
+            self._write_stages()
         self.line(f"{name}: {seconds:.1f} s")

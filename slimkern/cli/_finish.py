@@ -1,10 +1,11 @@
-"""From a trained masked model to a folder, a table of results and a page."""
+"""From trained models to folders, a table of results and a page."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,194 +14,235 @@ from torch import nn
 
 import slimkern
 from slimkern import timing
-from slimkern.cli._run import Run
+from slimkern.cli import _measure
+from slimkern.cli._gradual import STAGE
+from slimkern.cli._one_shot import CUT, HEAL, Variant, family_variants, main_variant
+from slimkern.cli._run import TEACHER_PASS, Run
 from slimkern.cli._run_folder import RunError
 from slimkern.plan import SlimPlan
 from slimkern.report import write_report
-from slimkern.report.schema import Latency, Results, Size, layer_widths
+from slimkern.report.schema import Family, FamilyMember, OneShot, Results, layer_widths
 from slimkern.training import Task
-from slimkern.training.evaluation import compare
+from slimkern.training.evaluation import Score, compare
 
-SHAPES = [(1, 16), (1, 128), (8, 128), (32, 32)]
-_ROUNDS = 9
+_SLIMMING = (CUT, TEACHER_PASS, HEAL, STAGE)
 
 
-def finish(run: Run, masked: nn.Module) -> tuple[nn.Module, str]:
+def finish_gradual(run: Run, masked: nn.Module) -> tuple[dict[str, nn.Module], str]:
     """Slim, save, reload; check that each step changed nothing.
 
     Returns:
-        the reloaded slim model, and a sentence that says what was compared.
+        the reloaded slim model by its name, and a sentence that says what was compared.
 
     Raises:
         RunError: the slim model differs from the masked one by more than rounding, or the reloaded
             one from the slim one by a single bit.
     """
     with run.display.stage("slim, save, reload"):
-        batch = next(run.rows["dev"].by_length(32))[1]
-        before = _vectors(run.task, masked, batch)
+        before = _vectors(run.task, masked, run.probe())
         slim = slimkern.model_slim(masked)
-        after = _vectors(run.task, slim, batch)
-        exact = _vectors(run.task, slim.double(), batch)
-        slim.float()
+        after, exact = _both_precisions(run, slim)
         # Both are roundings of the same function: the masked one may be off as the slim one is.
         off, rounding = _error(before, exact), _error(after, exact)
         allowed = 4 * rounding + torch.finfo(torch.float32).eps
         if not off <= allowed:
             raise RunError(f"slim and masked model differ: {off:.1e}, rounding is {rounding:.1e}")
-        shutil.rmtree(run.slim_folder, ignore_errors=True)
-        slimkern.save(slim, run.slim_folder, source=run.teacher_folder)
-        loaded = slimkern.load(run.slim_folder)
-        if not torch.equal(_vectors(run.task, loaded, batch), after):
-            raise RunError(f"the model loaded from {run.slim_folder} differs from the one saved")
-    return loaded, (
+        loaded = _saved(run, slim, run.folder / "slim", after)
+    return {"slim": loaded}, (
         f"the masked model's outputs are the slim model's to rounding (against float64: "
         f"{off:.1e} and {rounding:.1e}, relative), the reloaded model's are equal bit by bit"
     )
 
 
-def complete(run: Run, title: str, masked: nn.Module, **described: Any) -> Results:
-    """Everything after the training: slim, check, save, evaluate, time, write the report.
+def finish_one_shot(run: Run, models: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], str]:
+    """Save and reload the models of all variants; check that this changed nothing.
+
+    Raises:
+        RunError: a model's outputs differ from its own in float64 by more than rounding, or a
+            reloaded one's from the saved one's by a single bit.
+    """
+    loaded, worst = {}, 0.0
+    with run.display.stage("save, reload"):
+        for variant in (main_variant(run), *family_variants(run)):
+            model = models[variant.name]
+            after, exact = _both_precisions(run, model)
+            off, allowed = _error(after, exact), _rounding(model)
+            if not off <= allowed:
+                raise RunError(
+                    f"the model {variant.name} differs from itself in float64 by {off:.1e}, "
+                    f"rounding is at most {allowed:.1e}"
+                )
+            worst = max(worst, off)
+            loaded[variant.name] = _saved(run, model, variant.folder / "slim", after)
+    return loaded, (
+        f"the slim model's outputs are its own in float64 to rounding ({worst:.1e}, relative), "
+        f"the reloaded model's are equal bit by bit"
+    )
+
+
+def complete(
+    run: Run, title: str, models: Mapping[str, nn.Module], checked: str, **described: Any
+) -> Results:
+    """Everything after the saving: evaluate, time, write the report.
 
     Args:
-        run: the run, trained.
+        run: the run.
         title: the report's headline.
-        masked: what :meth:`Run.train_slim` returned.
-        **described: further sections of the results, for example ``data``.
+        models: what :func:`finish_gradual` or :func:`finish_one_shot` returned.
+        checked: the sentence that came with it.
+        **described: further sections of the results: ``model``, ``data``, ``notes``.
     """
-    slim, checked = finish(run, masked)
     dense = run.load(str(run.teacher_folder)).eval()
-    predictions = run.predictions({"dense": dense, "slim": slim})
-    scores = [
-        row
-        for name, made in predictions.items()
-        for row in compare(
-            name,
-            run.task.gold(run.rows[name]),
-            made["dense"],
-            made["slim"],
-            run.task.statistics,
-        )
-    ]
+    everything = {"dense": dense, **models}
+    asked, main = run.settings.one_shot, main_variant(run)
+    if asked is not None and main.training is not None:
+        everything["before healing"] = slimkern.load(main.unhealed)
+    scores = _scores(run, everything)
+    slim = models["slim"]
+    wanted = _measure.shapes(run.max_length, run.latency_shape)
     with run.display.stage("time dense against slim") as bar:
-        latency = _latency(dense, slim, _shapes(run.max_length), checked, bar)
-    total = sum(seconds for _, seconds in run.display.stages)
+        latency = _measure.latency(dense, slim, wanted, checked, bar)
     results: Results = {
         "title": title,
         "command": " ".join(["slimkern", *sys.argv[1:]]),
         "date": timing.now(),
         "machine": timing.machine(),
         "versions": timing.versions(),
+        "method": run.settings.method,
         "model": {"name": run.name, "architecture": type(slim).__name__, **described["model"]},
         "data": described["data"],
         "settings": _flat_settings(run),
-        "scores": scores,
-        "size": _size(dense, slim, run.teacher_folder, run.slim_folder),
+        "scores": scores["slim"],
+        "size": _measure.size(dense, slim, run.teacher_folder, run.folder / "slim"),
         "layers": layer_widths(cast(SlimPlan, slim.slim_plan)),
         "history": _history(run.history),
         "history_score": f"dev {run.task.statistics[-1]}",
-        "stages": [{"name": n, "seconds": round(s, 2)} for n, s in run.display.stages],
         "latency": latency,
-        "notes": [*described.get("notes", ()), checked, f"all stages together: {total:.0f} s"],
     }
-    write_report(results, run.folder)
-    shutil.rmtree(run.folder / "training", ignore_errors=True)
+    if asked is not None:
+        results["one_shot"] = _one_shot(run, main, results, scores.get("before healing", []))
+    if run.settings.family:
+        results["family"] = _family(run, everything, scores)
+    _close(run, results, [*described.get("notes", ()), checked])
     return results
 
 
-def parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters of a model: all, and without embedding tables; a tied one counts once."""
-    tables = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for p in module.parameters(recurse=False)
+def _close(run: Run, results: Results, notes: list[str]) -> None:
+    """What the stages took, and the report; the checkpoints go."""
+    stages = run.display.stages
+    total = sum(stages.values())
+    results["stages"] = [{"name": n, "seconds": round(s, 2)} for n, s in stages.items()]
+    results["seconds"] = round(sum(stages.get(name, 0.0) for name in _SLIMMING), 2)
+    results["notes"] = [*notes, f"all stages together: {total:.0f} s"]
+    write_report(results, run.folder)
+    for variant in (main_variant(run), *family_variants(run)):
+        shutil.rmtree(variant.folder / "training", ignore_errors=True)
+        if variant.training is None:  # The same model as in slim/.
+            shutil.rmtree(variant.unhealed, ignore_errors=True)
+
+
+def _scores(run: Run, models: dict[str, nn.Module]) -> dict[str, list[Score]]:
+    """Every model against the dense one, on every split but the training rows."""
+    found: dict[str, list[Score]] = {name: [] for name in models}
+    for split, made in run.predictions(models).items():
+        gold = run.task.gold(run.rows[split])
+        for name in models:
+            found[name] += compare(split, gold, made["dense"], made[name], run.task.statistics)
+    return found
+
+
+def _one_shot(run: Run, main: Variant, results: Results, before: list[Score]) -> OneShot:
+    """What the one-shot road has to tell beside the common sections."""
+    asked, told = run.settings.one_shot, main.told()
+    assert asked is not None
+    assert run.latency_shape is not None
+    section: OneShot = {
+        "seconds": told["seconds"],
+        "calibration": {
+            "source": Path(asked.calibration).name if asked.calibration else "training rows",
+            "sequences": sum(len(batch["input_ids"]) for batch in run.calibration),
+            "tokens": int(sum(int(batch["attention_mask"].sum()) for batch in run.calibration)),
+        },
+        "before_healing": before,
+        "shape": list(run.latency_shape),
     }
-    total = sum(p.numel() for p in model.parameters())
-    return total, sum(p.numel() for p in model.parameters() if id(p) not in tables)
+    row = next(
+        r for r in results["latency"]["rows"] if (r["batch"], r["tokens"]) == run.latency_shape
+    )
+    if "predicted" in told:
+        section["predicted"] = told["predicted"]
+        if told["predicted"]["unit"] == "seconds":
+            section["measured"] = {
+                "unit": "seconds",
+                "dense": row["dense_min"],
+                "slim": row["slim_min"],
+            }
+    return section
 
 
-def _size(dense: nn.Module, slim: nn.Module, dense_folder: Path, slim_folder: Path) -> Size:
-    (dense_all, dense_layers), (slim_all, slim_layers) = parameters(dense), parameters(slim)
-    size: Size = {
-        "dense_parameters": dense_all,
-        "slim_parameters": slim_all,
-        "dense_parameters_no_embeddings": dense_layers,
-        "slim_parameters_no_embeddings": slim_layers,
-    }
-    dense_bytes, slim_bytes = _weight_bytes(dense_folder), _weight_bytes(slim_folder)
-    if dense_bytes and slim_bytes:
-        size["dense_bytes"], size["slim_bytes"] = dense_bytes, slim_bytes
-    return size
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _shapes(max_length: int) -> list[tuple[int, int]]:
-    """``SHAPES`` with no more tokens than the model was trained for."""
-    return list(dict.fromkeys((batch, min(tokens, max_length)) for batch, tokens in SHAPES))
-
-
-def _latency(
-    dense: nn.Module,
-    slim: nn.Module,
-    shapes: list[tuple[int, int]],
-    checked: str,
-    bar: Callable[[int, int], None],
-) -> Latency:
-    """Forward times of both models on the same random tokens, in turns."""
-    vocabulary = dense.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    rows = []
-    for done, shape in enumerate(shapes):
-        random = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, vocabulary, shape, generator=random)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-        def call(model: nn.Module, inputs: dict[str, torch.Tensor] = inputs) -> Any:
-            return lambda batch, tokens: lambda: model(**inputs, return_dict=True)[0]
-
-        rows += timing.latency_table(
-            call(dense), call(slim), [shape], check=_same_shape_and_finite, rounds=_ROUNDS
-        )
-        bar(done + 1, len(shapes))
+def _family(run: Run, models: Mapping[str, nn.Module], scores: dict[str, list[Score]]) -> Family:
+    """All models of the run in one interleaved measurement."""
+    assert run.latency_shape is not None, "families are of the one-shot road"
+    timed = {name: model for name, model in models.items() if name != "before healing"}
+    with run.display.stage("time the family"):
+        times = _measure.times(timed, run.latency_shape)
+    members: list[FamilyMember] = []
+    for variant in (main_variant(run), *family_variants(run)):
+        everything, in_layers = _measure.parameters(models[variant.name])
+        member: FamilyMember = {
+            "name": variant.name,
+            "parameters": everything,
+            "parameters_no_embeddings": in_layers,
+            "slim_min": times[variant.name].minimum,
+            "slim_median": times[variant.name].median,
+            "heal_epochs": 0.0 if variant.training is None else variant.training.epochs,
+            "scores": scores[variant.name],
+        }
+        if variant.speedup is not None:
+            member["target_speedup"] = variant.speedup
+        if "predicted" in variant.told():
+            member["predicted"] = variant.told()["predicted"]
+        members.append(member)
     return {
-        "rows": rows,
+        "shape": list(run.latency_shape),
         "threads": torch.get_num_threads(),
-        "rounds": _ROUNDS,
-        "precision": "float32",
-        "checked": checked,
+        "rounds": _measure.ROUNDS,
+        "dense_min": times["dense"].minimum,
+        "dense_median": times["dense"].median,
+        "members": members,
     }
 
 
-def _same_shape_and_finite(outputs: dict[str, Any]) -> None:
-    dense, slim = outputs["dense"], outputs["slim"]
-    if dense.shape != slim.shape or not (dense.isfinite().all() and slim.isfinite().all()):
-        raise RunError("dense and slim outputs differ in shape or are not finite")
+def _saved(run: Run, model: nn.Module, folder: Path, outputs: torch.Tensor) -> nn.Module:
+    """Save and reload a model whose outputs on the probe are these."""
+    shutil.rmtree(folder, ignore_errors=True)
+    slimkern.save(model, folder, source=run.teacher_folder)
+    loaded = slimkern.load(folder)
+    if not torch.equal(_vectors(run.task, loaded, run.probe()), outputs):
+        raise RunError(f"the model loaded from {folder} differs from the one saved")
+    return loaded
 
 
 def _flat_settings(run: Run) -> dict[str, Any]:
     """The settings of a run as one table of plain values."""
-    from dataclasses import asdict
-
     flat: dict[str, Any] = {}
 
     def add(values: dict[str, Any], prefix: str) -> None:
         for key, value in values.items():
             if isinstance(value, dict):
                 add(value, f"{prefix}{key}.")
-            elif value is not None:
+            elif value is not None and value != ():
                 plain = isinstance(value, (str, int, float, bool))
                 flat[prefix + key] = value if plain else str(value)
 
     add(asdict(run.settings), "")
-    for path in ("model", "teacher"):
+    for path in ("model", "teacher", "one_shot.calibration"):
         if path in flat:
             flat[path] = Path(flat[path]).name
     return flat
 
 
-def _history(log: list[dict[str, Any]]) -> list[Any]:
+def _history(log: Sequence[dict[str, Any]]) -> list[Any]:
     """The Trainer's history as points of the report."""
     keys = ("step", "epoch", "loss", "ffn_sparsity", "mha_sparsity", "score")
     points = [{k: entry[k] for k in keys if k in entry} for entry in log]
@@ -210,6 +252,24 @@ def _history(log: list[dict[str, Any]]) -> list[Any]:
 @torch.no_grad()
 def _vectors(task: Task, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return task.run(model.eval(), batch).vectors
+
+
+def _both_precisions(run: Run, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's outputs on the probe in float32, and in float64."""
+    single = _vectors(run.task, model, run.probe())
+    double = _vectors(run.task, model.double(), run.probe())
+    model.float()
+    return single, double
+
+
+def _rounding(model: nn.Module) -> float:
+    """How far float32 may carry a model's outputs from float64's, relative.
+
+    Every linear rounds sums of its ``K`` inputs, an error of at most ``K eps``, and the errors of
+    all linears add up on the residual stream.
+    """
+    widths = [m.in_features for m in model.modules() if isinstance(m, nn.Linear)]
+    return torch.finfo(torch.float32).eps * sum(widths)
 
 
 def _error(value: torch.Tensor, exact: torch.Tensor) -> float:

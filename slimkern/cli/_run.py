@@ -1,20 +1,21 @@
-"""One run from a dense model to a slim one: its stages, each of which an interrupted run skips.
+"""One run from a dense model to a slim one: what both roads share, stage by stage.
 
 The folder of a run holds ``run.json`` (what was asked), ``teacher/`` (the dense model),
 ``training/`` (checkpoints while it lasts), ``slim/`` (the result), ``results.json`` and
-``report.html``.
+``report.html``; a one-shot run also ``oneshot/`` (the model before healing) and ``family/``. Every
+stage that an interrupted run has finished is skipped when it goes on.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -27,16 +28,19 @@ from transformers.trainer_utils import get_last_checkpoint
 from slimkern.cli._display import Display
 from slimkern.cli._progress import ShowProgress
 from slimkern.cli._run_folder import (
+    STAGES_FILE,
     InterruptedRunError,
     RunError,
     RunSettings,
     Split,
+    describe,
+    describe_teacher,
     open_folder,
 )
 from slimkern.training import (
+    AverageWeights,
     DistillTrainer,
     KeepBest,
-    SlimCallback,
     StopOnInterrupt,
     Task,
     Teacher,
@@ -46,6 +50,8 @@ from slimkern.training import (
 from slimkern.training.evaluation import accuracy, spearman
 from slimkern.training.rows import EncodedRows
 
+TEACHER_PASS = "run the teacher over the training rows"
+
 
 class Run:
     """The stages of a run in its folder.
@@ -54,8 +60,10 @@ class Run:
         folder: the run's folder; created.
         settings: what was asked.
         task: what the model is trained for.
-        splits: ``train`` and ``dev``, and where there is one ``test``.
+        splits: ``train``, ``dev`` and ``test``, as far as they are there; where anything is
+            trained, the first two are.
         display: where progress is shown.
+        home: the folder of several runs that share a teacher; its own folder by default.
     """
 
     def __init__(
@@ -65,35 +73,44 @@ class Run:
         task: Task,
         splits: dict[str, Split],
         display: Display,
+        home: Path | None = None,
     ) -> None:
         self.folder = folder
+        self.home = folder if home is None else home
         self.settings = settings
         self.task = task
         self.splits = splits
         self.display = display
         self.rows: dict[str, EncodedRows] = {}
         self.history: list[dict[str, Any]] = []
+        self.calibration: list[dict[str, Tensor]] = []
         self.tokenizer: Any = None
         self.name = Path(settings.model).name
         self.max_length = settings.max_length
+        self.latency_shape: tuple[int, int] | None = None
+        self._teacher: Teacher | None = None
 
     @property
     def teacher_folder(self) -> Path:
         """The folder the dense teacher is read from."""
-        return Path(self.settings.teacher) if self.settings.teacher else self.folder / "teacher"
+        return Path(self.settings.teacher) if self.settings.teacher else self.home / "teacher"
 
-    @property
-    def slim_folder(self) -> Path:
-        """The folder the slim model is written to."""
-        return self.folder / "slim"
-
-    def prepare(self, overwrite: bool = False) -> None:
+    def prepare(self, overwrite: bool = False, runs: Sequence[str] = ()) -> None:
         """Open the folder: a new run, or one that was interrupted and asked for the same.
+
+        Args:
+            overwrite: start anew where there is a run.
+            runs: names of the folders in ``home`` that runs with this teacher may have.
 
         Raises:
             RunError: as :func:`slimkern.cli._run_folder.open_folder`.
         """
-        open_folder(self.folder, self.settings, self.splits, self.display, overwrite)
+        if self.home != self.folder:
+            shared = describe_teacher(self.settings, self.splits)
+            open_folder(self.home, shared, self.display, overwrite, runs)
+        description = describe(self.settings, self.splits)
+        open_folder(self.folder, description, self.display, overwrite)
+        self.display.keep_stages(self.folder / STAGES_FILE)
 
     def encode(self) -> None:
         """Tokenize every split once."""
@@ -103,8 +120,14 @@ class Run:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise RunError(f"MODEL {source!r}: no tokenizer could be loaded: {error}") from error
-        positions = getattr(config, "max_position_embeddings", self.max_length)
-        self.max_length = min(self.max_length, self.tokenizer.model_max_length, positions)
+        longest = self.tokenizer.model_max_length
+        longest = min(longest, getattr(config, "max_position_embeddings", longest))
+        self.max_length = min(self.max_length, longest)
+        if self.settings.one_shot is not None:
+            batch, tokens = self.settings.one_shot.latency_shape
+            self.latency_shape = (batch, min(tokens, longest))
+            if tokens > longest:
+                self.display.line(f"latency shape: {batch}x{longest}, the most the model takes")
         with self.display.stage("tokenize") as bar:
             for done, (name, split) in enumerate(self.splits.items()):
                 bar(done, len(self.splits))
@@ -121,8 +144,8 @@ class Run:
             set_seed(settings.seed)  # A fresh head is drawn before the Trainer seeds.
         model = self.load(self.settings.model, trained=settings is None)
         if settings is not None:
-            scratch = self.folder / "training" / "dense"
-            best = self._keep_best(scratch)
+            scratch = self.home / "training" / "dense"
+            best = self.keep_best(scratch)
             trainer = DistillTrainer(
                 model if settings.dropout else disable_dropout(model),
                 self.task,
@@ -130,56 +153,32 @@ class Run:
                 settings.arguments(scratch),
                 callbacks=[best],
             )
-            self._train(trainer, model, "train the dense teacher", best)
-        part = self.folder / "teacher.part"
+            self.train(trainer, model, "train the dense teacher", best)
+        part = self.home / "teacher.part"
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part)
         self.tokenizer.save_pretrained(part)
         _copy_pooling(Path(self.settings.model), part)
         os.replace(part, self.teacher_folder)
-        shutil.rmtree(self.folder / "training", ignore_errors=True)
+        shutil.rmtree(self.home / "training", ignore_errors=True)
 
-    def train_slim(self) -> nn.Module:
-        """Grow the masks while distilling, and return the best masked model."""
-        settings = self.settings
-        set_seed(settings.slim.seed)
-        teacher = None
-        if settings.weights.needs_teacher:
-            with self.display.stage("run the teacher over the training rows") as bar:
+    def teacher(self, hidden_states: bool) -> Teacher:
+        """The dense model's answers to the training rows; computed at the first call."""
+        if self._teacher is None:
+            with self.display.stage(TEACHER_PASS) as bar:
                 dense: nn.Module = self.load(str(self.teacher_folder))
-                teacher = Teacher(
+                self._teacher = Teacher(
                     dense.to(_device()),
                     self.task,
                     self.rows["train"],
-                    hidden_states=settings.weights.hidden > 0,
+                    hidden_states=hidden_states,
                     progress=bar,
                 )
-        model = self.load(str(self.teacher_folder))
-        slim = SlimCallback(
-            ffn2_sparsity=settings.ffn2_sparsity,
-            mha_sparsity=settings.mha_sparsity,
-            warm_epochs=settings.warm_epochs,
-            cooldown_epochs=settings.cooldown_epochs,
-            **settings.pruning,
-        )
-        scratch = self.folder / "training" / "slim"
-        best = self._keep_best(scratch, lambda: slim.pruning is not None and slim.pruning.done)
-        trainer = DistillTrainer(
-            model if settings.slim.dropout else disable_dropout(model),
-            self.task,
-            self.rows["train"],
-            settings.slim.arguments(scratch),
-            settings.weights,
-            teacher,
-            callbacks=[slim, best],
-        )
-        self._train(trainer, model, "slim while distilling", best)
-        assert slim.pruning is not None, "training has begun"
-        for note in slim.pruning.notes:
-            self.display.line(f"note: {note}")
-        self.history = trainer.state.log_history
-        slim.pruning.remove()
-        return model.cpu()
+        return self._teacher
+
+    def forget_teacher(self) -> None:
+        """Give the memory of the teacher's answers back."""
+        self._teacher = None
 
     def predictions(self, models: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
         """``{split: {model: predictions}}`` of the evaluation splits."""
@@ -192,6 +191,13 @@ class Run:
                     result[name][label] = predict(model, self.task, rows, progress=bar)
         return result
 
+    def probe(self) -> dict[str, Tensor]:
+        """A small batch by which a model is held against itself."""
+        if self.rows:
+            rows = self.rows.get("dev") or next(iter(self.rows.values()))
+            return next(rows.by_length(32))[1]
+        return {name: values[:32] for name, values in self.calibration[0].items()}
+
     def load(self, source: str, trained: bool = True) -> PreTrainedModel:
         """The dense model of a folder or hub name, for the run's task.
 
@@ -203,9 +209,6 @@ class Run:
         except (OSError, ValueError) as error:
             raise RunError(f"MODEL {source!r} could not be loaded: {error}") from error
 
-    def _keep_best(self, folder: Path, ready: Callable[[], bool] = lambda: True) -> KeepBest:
-        return KeepBest(self.score, folder, ready, self.settings.patience)
-
     def score(self, model: nn.Module) -> float:
         """The number by which epochs are compared, on the evaluation file."""
         rows = self.rows["dev"]
@@ -213,19 +216,28 @@ class Run:
         value = statistic(self.task.gold(rows), predict(model, self.task, rows))
         return value if value == value else -1.0  # constant predictions have no correlation
 
-    def _train(self, trainer: DistillTrainer, model: nn.Module, name: str, best: KeepBest) -> None:
+    def keep_best(
+        self,
+        folder: Path,
+        ready: Callable[[], bool] = lambda: True,
+        average: AverageWeights | None = None,
+    ) -> KeepBest:
+        """The callback that keeps the best epoch by :meth:`score`, in ``folder``."""
+        return KeepBest(self.score, folder, ready, self.settings.patience, average)
+
+    def train(self, trainer: DistillTrainer, model: nn.Module, stage: str, best: KeepBest) -> None:
         """Train, from the last checkpoint where there is one, and take the best epoch's weights.
 
         Raises:
             InterruptedRunError: Ctrl-C; a checkpoint lies in the run's folder.
         """
         folder = Path(str(trainer.args.output_dir))
-        last = get_last_checkpoint(folder) if folder.is_dir() else None
-        with self.display.stage(name) as bar, StopOnInterrupt(self.display.line) as stop:
+        checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+        with self.display.stage(stage) as bar, StopOnInterrupt(self.display.line) as stop:
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(stop)
             trainer.add_callback(ShowProgress(bar, self.display, self.task.statistics[-1]))
-            trainer.train(resume_from_checkpoint=last)
+            trainer.train(resume_from_checkpoint=checkpoint)
         if stop.requested:
             raise InterruptedRunError
         best.restore(model)
