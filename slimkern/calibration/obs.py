@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_PENDING = 128  # rows that wait before they are subtracted from the inverse
 _COMPACT = 0.75  # removed rows and columns are dropped once this fraction is left
 
 
@@ -116,21 +117,26 @@ def _check(layers: Sequence[Layer], levels: Sequence[int], chunk: int) -> None:
 
 
 class _State:
-    """One layer while its units go: only what is still there, removed rows dropped lazily."""
+    """One layer while its units go: only what is still there, removed rows dropped lazily.
+
+    The inverse is held as ``base - Pᵀ P``: what units that went subtract waits as rows of ``P``
+    until there are ``_PENDING`` of them, as one large product costs less than many thin ones.
+    """
 
     def __init__(self, layer: Layer, damping: float) -> None:
         self.size = layer.unit_size
         self.weight = layer.weight.double().clone()
         hessian = layer.hessian.double()
-        energy = float(torch.einsum("on,nk,ok->", self.weight, hessian, self.weight))
+        energy = float(((self.weight @ hessian) * self.weight).sum())
         self.energy = energy if energy > 0 else 1.0
         mean = float(hessian.diagonal().mean())
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        self.places = torch.arange(
-            layer.weight.shape[1] // self.size, device=layer.weight.device
-        )  # where each live unit stands in weight and inverse
+        self.base = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        self.diagonal = self.base.diagonal().clone()  # of the inverse itself
+        self.pending = self.base.new_empty(0, len(self.base))  # P
+        # Where each live unit stands in weight and inverse.
+        self.places = torch.arange(len(self.base) // self.size, device=self.base.device)
 
     def _columns(self, places: Tensor) -> Tensor:
         offsets = torch.arange(self.size, device=places.device)
@@ -140,10 +146,10 @@ class _State:
         """What removing each live unit alone costs, relative to the layer's energy."""
         if self.size == 1:
             columns = self.weight[:, self.places]
-            diagonal = self.inverse.diagonal()[self.places]
-            return columns.square().sum(0) / diagonal / self.energy
+            return columns.square().sum(0) / self.diagonal[self.places] / self.energy
+        self._settle()
         blocks = self._columns(self.places).view(-1, self.size)
-        inner = self.inverse[blocks[:, :, None], blocks[:, None, :]]  # [units, size, size]
+        inner = self.base[blocks[:, :, None], blocks[:, None, :]]  # [units, size, size]
         columns = self.weight[:, blocks.flatten()].view(len(self.weight), -1, self.size)
         solved = torch.linalg.solve(inner, columns.permute(1, 2, 0))  # [units, size, out]
         return torch.einsum("ous,uso->u", columns, solved) / self.energy
@@ -151,19 +157,28 @@ class _State:
     def drop(self, live: Tensor) -> float:
         """Remove the ``live``-th live units; returns what it cost, relative to the energy."""
         gone = self._columns(self.places[live])
-        rows = self.inverse[gone]
-        block = torch.linalg.inv(rows[:, gone])
-        columns = self.weight[:, gone]
-        cost = float(torch.einsum("os,st,ot->", columns, block, columns))
-        step = block @ rows
-        self.weight -= columns @ step
-        self.inverse -= rows.T @ step
+        rows = self.base[gone] - self.pending[:, gone].T @ self.pending
+        root = torch.linalg.cholesky(rows[:, gone])
+        step = torch.linalg.solve_triangular(root, rows, upper=False)  # stepᵀ step is subtracted
+        columns = torch.linalg.solve_triangular(root, self.weight[:, gone].T, upper=False)
+        self.weight -= columns.T @ step
+        self.diagonal -= step.square().sum(0)
+        self.pending = torch.cat([self.pending, step])
         stays = torch.ones(len(self.places), dtype=torch.bool, device=live.device)
         stays[live] = False
         self.places = self.places[stays]
-        if len(self.places) * self.size < _COMPACT * len(self.inverse):
+        if len(self.pending) >= _PENDING:
+            self._settle()
+        return float(columns.square().sum()) / self.energy
+
+    def _settle(self) -> None:
+        """Subtract what is pending, and let go of rows and columns that are removed."""
+        if len(self.places) * self.size < _COMPACT * len(self.base):
             kept = self._columns(self.places)
             self.weight = self.weight[:, kept].contiguous()
-            self.inverse = self.inverse[kept][:, kept].contiguous()
-            self.places = torch.arange(len(self.places), device=live.device)
-        return cost / self.energy
+            self.base = self.base[kept][:, kept].contiguous()
+            self.diagonal, self.pending = self.diagonal[kept], self.pending[:, kept]
+            self.places = torch.arange(len(self.places), device=self.base.device)
+        if len(self.pending):
+            self.base.addmm_(self.pending.T, self.pending, alpha=-1)
+            self.pending = self.pending[:0]

@@ -9,6 +9,7 @@ forward ends there.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +177,7 @@ class _Run:
         self.loaded: dict[str, Tensor] = {}
         self.saved: dict[str, Tensor] = {}
         self.catch = _CatchSum()
+        self.watching = ExitStack()
 
     def forwards(self) -> dict[str, Callable[..., Any]]:
         names = {name for name, _ in (*self.replay.at.done, *self.upto.done)}
@@ -190,11 +192,8 @@ class _Run:
         self.saved = {}
         self.loaded = replay.store.get((replay.tag, index)) if replay.at.done else {}
         self.catch = _CatchSum()
-        try:
-            with self.catch:
-                replay.batches[index].call(replay.model)
-        except _Reached:
-            pass
+        with suppress(_Reached), ExitStack() as self.watching:
+            replay.batches[index].call(replay.model)
         assert self.catch.seen is not None, f"{self.name} was called when the forward was recorded"
         return self.catch.seen
 
@@ -223,6 +222,7 @@ class _Run:
         outputs = len(self.replay.model.get_parameter(f"{self.name}.weight"))
         y = run(x) if self.compute else x.new_zeros(*x.shape[:-1], outputs)
         self.catch.seen = Seen(x, y)
+        self.watching.enter_context(self.catch)  # not before: it sees every operation
         return y
 
     def _keep(self, call: int, output: Any) -> None:
