@@ -6,6 +6,7 @@ from slimkern.training.callback import SlimCallback
 from slimkern.training.callbacks import AverageWeights, KeepBest, StopOnInterrupt
 from slimkern.training.distillation import DistillationWeights
 from slimkern.training.healing import HealingSettings, freeze_
+from slimkern.training.loss import DistillationLoss
 from slimkern.training.task import Task
 from slimkern.training.tasks import ClassificationTask, EmbeddingTask, RegressionTask
 from slimkern.training.teacher import Teacher
@@ -15,6 +16,7 @@ __all__ = [
     "AverageWeights",
     "ClassificationTask",
     "DistillTrainer",
+    "DistillationLoss",
     "DistillationWeights",
     "EmbeddingTask",
     "HealingSettings",

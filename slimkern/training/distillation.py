@@ -46,6 +46,30 @@ class DistillationWeights:
         return any((self.hidden, self.embedding, self.similarity, self.score))
 
 
+def labelled_mse(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Mean squared error over the rows that have a label: ``[B]``, NaN where there is none.
+
+    0, with gradients of 0, where no row of the batch has one.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    _same_shape(predictions, labels, "predictions and labels")
+    labelled = ~labels.isnan()
+    # NaN is replaced before it meets a gradient: 0 * NaN would be NaN.
+    errors = (predictions - labels.masked_fill(~labelled, 0).to(predictions.dtype)) * labelled
+    return errors.square().sum() / labelled.sum().clamp_min(1)
+
+
+def labelled_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of ``[B, classes]`` over the rows that have a label: -100 marks others.
+
+    0, with gradients of 0, where no row of the batch has one.
+    """
+    total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    return total / (labels != -100).sum().clamp_min(1)
+
+
 def hidden_state_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of the hidden states of real tokens, ``mean((S - T)²)``.
 
@@ -118,23 +142,29 @@ def class_loss(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Te
     return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
 
 
-def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean over real tokens: ``[B, S, D]`` and ``[B, S]`` (1 real, 0 padding) to ``[B, D]``."""
+def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Mean over real tokens: ``[B, S, D]`` and ``[B, S]`` (1 real, 0 padding) to ``[B, D]``.
+
+    Without a mask every token is real.
+    """
+    if attention_mask is None:
+        return hidden.mean(dim=1)
     mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
 
 
-def real_tokens(hidden_states: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
+def real_tokens(hidden_states: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
     """Hidden states of the real tokens of all layers: ``L`` of ``[B, S, D]`` to ``[T, L, D]``.
 
-    Tokens come sequence by sequence, in order.
+    Tokens come sequence by sequence, in order. Without a mask every token is real.
     """
-    where = attention_mask.reshape(-1).nonzero().squeeze(1)
-    return torch.stack([h.flatten(0, 1).index_select(0, where) for h in hidden_states], dim=1)
+    # Stacked first: one gather, and backward one scatter, of rows of L * D instead of L of D.
+    tokens = torch.stack(hidden_states, dim=2).flatten(0, 1)
+    if attention_mask is None:
+        return tokens
+    return tokens.index_select(0, attention_mask.reshape(-1).nonzero().squeeze(1))
 
 
-def _same_shape(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}"
-        )
+def _same_shape(first: Tensor, second: Tensor, what: str = "student and teacher") -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"{what} differ in shape: {tuple(first.shape)}, {tuple(second.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 Encoded = dict[str, list[int]]
+NO_SCORE = math.nan
+NO_CLASS = -100  # what torch's cross-entropy ignores
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class EncodedRows(Dataset[dict[str, Any]]):
         sequences: the distinct token sequences; a row names them by index, so that what the teacher
             says about a sequence is computed once however often it occurs.
         rows: per row the indices of its sequences (one for a cross-encoder, two for embeddings).
-        labels: per row the target.
+        labels: per row the target: a score, or the index of a class. ``NO_SCORE`` (NaN) and
+            ``NO_CLASS`` (-100) mark a row without a label, which only a teacher can teach.
+
+    Rows of one kind are joined with ``+``; sequences that both have are kept once.
     """
 
     def __init__(
@@ -80,6 +86,41 @@ class EncodedRows(Dataset[dict[str, Any]]):
                     self.sequences.append(sequence)
                 indices.append(seen[key])
             self.rows.append(tuple(indices))
+
+    def __add__(self, more: EncodedRows) -> EncodedRows:  # type: ignore[override]
+        """These rows, then ``more``; the indices of the sequences of these do not change.
+
+        Raises:
+            TypeError: ``more`` is something else than rows.
+            ValueError: the rows differ in tokenizer, in sequences per row, or in kind of label.
+        """
+        if not isinstance(more, EncodedRows):
+            raise TypeError(f"rows can't be joined with a {type(more).__name__}")
+        kinds = {
+            "padding": (self.padding, more.padding),
+            "sequences per row": (len(self.rows[0]), len(more.rows[0])),
+            "type of label": (type(self.labels[0]).__name__, type(more.labels[0]).__name__),
+        }
+        for name, (ours, theirs) in kinds.items():
+            if ours != theirs:
+                raise ValueError(f"rows can't be joined: their {name} is {ours} and {theirs}")
+        encoded = [tuple(r.sequences[i] for i in row) for r in (self, more) for row in r.rows]
+        return EncodedRows(encoded, [*self.labels, *more.labels], self.padding)
+
+    @property
+    def labelled(self) -> int:
+        """How many rows have a label."""
+        return sum(map(is_labelled, self.labels))
+
+    def require_labels(self, purpose: str) -> None:
+        """Refuse rows without labels.
+
+        Raises:
+            ValueError: there are some; the message says how many, and what wanted labels.
+        """
+        without = len(self) - self.labelled
+        if without:
+            raise ValueError(f"{without} of {len(self)} rows have no label; {purpose} needs all")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,6 +155,11 @@ class EncodedRows(Dataset[dict[str, Any]]):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             yield indices, self.collate([self[i] for i in indices])
+
+
+def is_labelled(label: float | int) -> bool:
+    """Whether a row's label is one, and not ``NO_SCORE`` or ``NO_CLASS``."""
+    return not math.isnan(label) if isinstance(label, float) else label != NO_CLASS
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -17,12 +17,14 @@ from slimkern.training.distillation import (
     DistillationWeights,
     class_loss,
     embedding_loss,
+    labelled_cross_entropy,
+    labelled_mse,
     mean_pool,
     score_loss,
     similarity_loss,
 )
-from slimkern.training.rows import EncodedRows, Padding
-from slimkern.training.task import Batch, Task, encode_jointly, tokenize
+from slimkern.training.rows import NO_CLASS, EncodedRows, Padding
+from slimkern.training.task import Batch, Task, Texts, checked_texts, encode_jointly, tokenize
 
 POOLINGS = ("mean", "cls")
 
@@ -62,22 +64,52 @@ class EmbeddingTask(Task):
         seconds = tokenize(tokenizer, [str(p.second) for p in pairs], None, max_length)
         return EncodedRows(list(zip(firsts, seconds)), labels, Padding.of(tokenizer))
 
+    def encode_texts(self, texts: Texts, tokenizer: Any, max_length: int) -> EncodedRows:
+        """As :meth:`Task.encode_texts`.
+
+        A row has two sequences. Distinct single texts are put two and two in the order of their
+        lengths, so that padding is rare; of an odd number the last one goes with the first. No loss
+        looks at which two share a row, unless ``score`` has a weight.
+        """
+        pairs = checked_texts(texts)
+        if pairs[0].second is None:
+            distinct = list(dict.fromkeys(pair.first for pair in pairs))
+            encoded = tokenize(tokenizer, distinct, None, max_length)
+            encoded.sort(key=lambda sequence: len(sequence["input_ids"]))
+            if len(encoded) % 2:
+                encoded.append(encoded[0])
+            firsts, seconds = encoded[::2], encoded[1::2]
+        else:
+            firsts = tokenize(tokenizer, [p.first for p in pairs], None, max_length)
+            seconds = tokenize(tokenizer, [str(p.second) for p in pairs], None, max_length)
+        labels = [self.no_label] * len(firsts)
+        return EncodedRows(list(zip(firsts, seconds)), labels, Padding.of(tokenizer))
+
     def vectors(self, output: Any, batch: Batch) -> Tensor:
         """As :meth:`Task.vectors`."""
         hidden: Tensor = output.last_hidden_state
+        mask = batch.get("attention_mask")
         if self.pooling == "mean":
-            return mean_pool(hidden, batch["attention_mask"])
-        first = batch["attention_mask"].argmax(dim=1)
+            return mean_pool(hidden, mask)
+        if mask is None:
+            return hidden[:, 0]
+        first = mask.argmax(dim=1)
         return hidden[torch.arange(len(hidden), device=hidden.device), first]
 
     def predictions(self, vectors: Tensor) -> Tensor:
-        """As :meth:`Task.predictions`."""
+        """As :meth:`Task.predictions`.
+
+        Raises:
+            ValueError: the number of vectors is odd.
+        """
+        if len(vectors) % 2:
+            raise ValueError(f"{len(vectors)} sequences are no rows of two: firsts, then seconds")
         first, second = vectors.chunk(2)
         return F.cosine_similarity(first, second)
 
     def task_loss(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """As :meth:`Task.task_loss`."""
-        return F.mse_loss(self.predictions(vectors), labels.to(vectors.dtype))
+        return labelled_mse(self.predictions(vectors), labels)
 
     def distillation_losses(
         self, student: Tensor, teacher: Tensor, weights: DistillationWeights
@@ -134,7 +166,7 @@ class RegressionTask(Task):
 
     def task_loss(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """As :meth:`Task.task_loss`."""
-        return F.mse_loss(self.predictions(vectors), labels.to(vectors.dtype))
+        return labelled_mse(self.predictions(vectors), labels)
 
     def distillation_losses(
         self, student: Tensor, teacher: Tensor, weights: DistillationWeights
@@ -154,6 +186,7 @@ class ClassificationTask(Task):
 
     name = "classification"
     statistics = ("accuracy",)
+    no_label = NO_CLASS
     default_weights = DistillationWeights(
         task=1.0, hidden=2.0, embedding=0.0, similarity=0.0, score=1.0
     )
@@ -192,7 +225,7 @@ class ClassificationTask(Task):
 
     def task_loss(self, vectors: Tensor, labels: Tensor) -> Tensor:
         """As :meth:`Task.task_loss`."""
-        return F.cross_entropy(vectors, labels)
+        return labelled_cross_entropy(vectors, labels)
 
     def distillation_losses(
         self, student: Tensor, teacher: Tensor, weights: DistillationWeights

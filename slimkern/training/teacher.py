@@ -47,6 +47,7 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.task = task
         self.hidden_states = hidden_states
+        self._sequences = rows.sequences
         self._tokens: Tensor | None = None
         lengths = [len(s["input_ids"]) for s in rows.sequences]
         self._starts = torch.tensor([0, *np.cumsum(lengths).tolist()])
@@ -57,9 +58,22 @@ class Teacher:
         """Bytes of the stored hidden states; 0 where they are computed in each step."""
         return 0 if self._tokens is None else self._tokens.numel() * self._tokens.element_size()
 
+    def knows(self, rows: EncodedRows) -> bool:
+        """Whether the rows name sequences by the same indices as those the teacher has seen."""
+        return rows.sequences is self._sequences or rows.sequences == self._sequences
+
     @torch.no_grad()
     def outputs(self, batch: Batch) -> Outputs:
-        """The dense outputs of a batch, as :meth:`Task.run` gives them."""
+        """The dense outputs of a batch, as :meth:`Task.run` gives them.
+
+        Raises:
+            ValueError: the batch does not say which sequences it holds.
+        """
+        if "sequences" not in batch:
+            raise ValueError(
+                "the batch has no 'sequences', by which a Teacher finds its answers: take batches "
+                "from EncodedRows.collate, or give the dense model itself as the teacher"
+            )
         indices = batch["sequences"]
         if self.hidden_states and self._tokens is None:
             return self.task.run(self.model.to(indices.device), batch, hidden_states=True)

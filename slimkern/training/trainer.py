@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from slimkern.training.distillation import DistillationWeights
+from slimkern.training.loss import DistillationLoss
 from slimkern.training.rows import EncodedRows, LengthGroupedSampler
 from slimkern.training.task import Task
 from slimkern.training.teacher import Teacher
@@ -99,7 +100,8 @@ class DistillTrainer(Trainer):
         callbacks: for example :class:`slimkern.training.SlimCallback`.
 
     Raises:
-        ValueError: a weight asks for a teacher and there is none.
+        ValueError: a weight asks for a teacher or for labels, and there are none; or the teacher
+            was made from other rows.
     """
 
     def __init__(
@@ -112,10 +114,15 @@ class DistillTrainer(Trainer):
         teacher: Teacher | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        only_task = DistillationWeights(task=1, hidden=0, embedding=0, similarity=0)
-        self.weights = weights or (only_task if teacher is None else task.default_weights)
-        if self.weights.needs_teacher and teacher is None:
-            raise ValueError("the distillation weights ask for a teacher, and there is none")
+        self.loss = DistillationLoss(task, weights, teacher)
+        self.weights = self.loss.weights
+        if self.weights.task and not rows.labelled:
+            raise ValueError(
+                f"the task's loss has the weight {self.weights.task}, but none of the "
+                f"{len(rows)} rows has a label: give DistillationWeights(task=0)"
+            )
+        if teacher is not None and not teacher.knows(rows):
+            raise ValueError("the teacher was made from other rows than those that are trained on")
         super().__init__(
             model=model,
             args=arguments,
@@ -138,12 +145,9 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The weighted sum of the task's and the teacher's losses on one batch."""
-        student = self.task.run(model, inputs, hidden_states=self.weights.hidden > 0)
-        teacher = None if self.teacher is None else self.teacher.outputs(inputs)
-        parts = self.task.losses(student, teacher, inputs["labels"], self.weights)
-        for name, value in parts.items():
-            self._parts[name].append(float(value.detach()))
-        loss = torch.stack(list(parts.values())).sum()
+        loss, student = self.loss.with_outputs(model, inputs)
+        for name, value in self.loss.parts.items():
+            self._parts[name].append(value)
         return (loss, student) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -182,7 +186,11 @@ def predict(
         rows: the rows, in whose order the predictions come back.
         batch_size: rows per forward.
         progress: called with (rows done, rows in all).
+
+    Raises:
+        ValueError: a row has no label: such rows are for training alone.
     """
+    rows.require_labels("an evaluation")
     training = model.training
     model.eval()
     device = next(model.parameters()).device
