@@ -13,19 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimkern.config import (
-    KEYS,
-    PATTERNS,
-    PruningRule,
-    WeightPruningConfig,
-    check_known,
-    fraction,
-)
+from slimkern.config import KEYS, PATTERNS, PruningRule, WeightPruningConfig
+from slimkern.config_checks import check_known, fraction
 from slimkern.cuts import uncompiled
 from slimkern.discovery import discover
 from slimkern.discovery.groups import Discovery, Group
 from slimkern.discovery.inputs import without_extras
 from slimkern.masks import carried_masks, masked_beside, masked_plan
+from slimkern.obs_step import first_batches
 from slimkern.plan import SlimPlan, plan_from_zeros
 from slimkern.pruning import Pruning
 from slimkern.surgery import slim_, unmasked
@@ -111,8 +106,12 @@ def prepare_pruning(
         config: what :func:`parse_auto_slim_config` returned, one such dictionary, or a
             :class:`WeightPruningConfig`.
         optimizer: the optimizer whose steps count. It may be left out only where every rule prunes
-            by magnitude at step 0.
-        dataloader: its first batch serves as example inputs, where made-up ones do not do.
+            by magnitude or ``obs`` at step 0.
+        dataloader: its first batch serves as example inputs, where made-up ones do not do. For
+            ``pruning_type="obs"`` it is needed: its first batches, up to 8,192 tokens, are read
+            once and kept, and every prune step runs the model on them in evaluation mode. Labels
+            are not used. A run in several processes needs the same batches in each, and one that is
+            to be resumed exactly the same ones again (a loader that does not shuffle).
         loss_func: accepted for compatibility; no supported pruning type calls it.
         framework: ``pytorch``.
         device: ``None``, or the device that the model is on.
@@ -122,8 +121,8 @@ def prepare_pruning(
 
     Raises:
         NotImplementedError: a pattern that is no whole channel or head.
-        ValueError: an argument is not accepted, a schedule or the optimizer is missing, a rule
-            finds no target, or two rules want the same one.
+        ValueError: an argument is not accepted, a schedule, the optimizer or the dataloader is
+            missing, a rule finds no target, or two rules want the same one.
         TypeError: an unknown key.
     """
     if framework != "pytorch":
@@ -140,9 +139,17 @@ def prepare_pruning(
                 f"FFN channels) and 'mha' (whole heads)"
             )
     model = uncompiled(model)
+    batches: list[Any] = []
+    if any(rule.needs_batches for rule in config.rules):
+        if dataloader is None:
+            raise ValueError(
+                "pruning_type='obs' measures layers on calibration batches: give dataloader= "
+                "(SlimCallback: calibration=)"
+            )
+        dataloader = batches = first_batches(model, dataloader)
     found = _discover(model, dataloader)
     chosen, notes = _chosen(model, found, config.rules)
-    return Pruning(model, chosen, optimizer, notes)
+    return Pruning(model, chosen, optimizer, notes, batches)
 
 
 def _chosen(

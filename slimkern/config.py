@@ -6,16 +6,24 @@ scripts written for it keep working; ``round_multiplier`` and ``total_steps`` ar
 
 from __future__ import annotations
 
-import difflib
-import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from slimkern.config_checks import (
+    check_known,
+    flag,
+    fraction,
+    off,
+    one_of,
+    op_types,
+    patterns,
+    whole,
+)
 from slimkern.schedule import DECAYS, derive_steps
 
-PRUNING_TYPES = ("magnitude", "gradient", "snip", "snip_momentum")
+PRUNING_TYPES = ("magnitude", "gradient", "snip", "snip_momentum", "obs")
 PATTERNS = ("channelx1", "mha")  # whole FFN channels, whole attention heads
 REDUCE_TYPES = ("mean", "sum", "max")
 SCOPES = ("global", "local")
@@ -53,7 +61,12 @@ class PruningRule:
     @property
     def needs_gradients(self) -> bool:
         """Whether the criterion reads gradients."""
-        return self.pruning_type != "magnitude"
+        return self.pruning_type not in ("magnitude", "obs")
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether layers are measured on calibration batches, and weights change with the masks."""
+        return self.pruning_type == "obs"
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> PruningRule:
@@ -94,7 +107,10 @@ class WeightPruningConfig:
             that is missing takes the value given here. ``None``: one rule made of the values
             below alone. The dictionaries are read, never written to.
         target_sparsity: fraction to remove, in [0, 1).
-        pruning_type: ``magnitude``, ``gradient``, ``snip`` or ``snip_momentum``.
+        pruning_type: ``magnitude``, ``gradient``, ``snip`` or ``snip_momentum``; or ``obs``, which
+            measures the layers on calibration batches (``dataloader`` of ``prepare_pruning``) and
+            repairs the second linear's weights at each prune step. It is no reduction of element
+            scores: ``criterion_reduce_type`` and ``low_memory_usage`` keep their defaults.
         pattern: ``channelx1`` (FFN channels) or ``mha`` (heads); a prefix that ends in ``_`` is
             stripped. The default, kept for compatibility, is refused by ``prepare_pruning``.
         op_names: names or regular expressions (``re.search``) of what is pruned: second linears
@@ -162,16 +178,6 @@ class WeightPruningConfig:
         return "WeightPruningConfig(\n" + "".join(f"  {r}\n" for r in self.rules) + ")"
 
 
-def check_known(values: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ``TypeError`` for a key that is not known, suggesting the nearest one that is."""
-    known = sorted(known)
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise TypeError(f"unknown key {key!r}{hint} Accepted: {', '.join(known)}")
-
-
 def _refuse_contradictions(values: Mapping[str, Any]) -> None:
     criterion = values.get("criterion_type")
     pruning_type = values.get("pruning_type", PruningRule.pruning_type)
@@ -180,64 +186,14 @@ def _refuse_contradictions(values: Mapping[str, Any]) -> None:
             f"criterion_type={criterion!r} differs from pruning_type={pruning_type!r}, which "
             f"decides the criterion: give pruning_type alone"
         )
-
-
-def _one_of(*accepted: str) -> Callable[[str, Any], str]:
-    def check(key: str, value: Any) -> str:
-        if value not in accepted:
-            raise ValueError(f"{key}={value!r} is not accepted; accepted: {', '.join(accepted)}")
-        return value
-
-    return check
-
-
-def fraction(key: str, value: Any) -> float:
-    """``value`` as a float, or a ``ValueError`` that names ``key`` where it is not in [0, 1)."""
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not 0 <= value < 1:
-        raise ValueError(f"{key} must be a number in [0, 1), got {value!r}")
-    return float(value)
-
-
-def _whole(least: int) -> Callable[[str, Any], int]:
-    def check(key: str, value: Any) -> int:
-        problem = f"{key} must be a whole number of at least {least}, got {value!r}"
-        if isinstance(value, bool):
-            raise ValueError(problem)
-        try:
-            number = operator.index(value)
-        except TypeError as error:
-            raise ValueError(problem) from error
-        if number < least:
-            raise ValueError(problem)
-        return number
-
-    return check
-
-
-def _names(key: str, value: Any) -> tuple[str, ...]:
-    """One string or several; a single string is one entry, not its characters."""
-    entries = (value,) if isinstance(value, str) else tuple(value)
-    for entry in entries:
-        if not isinstance(entry, str):
-            raise ValueError(f"{key} must hold strings, got {entry!r}")
-    return entries
-
-
-def _patterns(key: str, value: Any) -> tuple[str, ...]:
-    entries = _names(key, value)
-    for entry in entries:
-        try:
-            re.compile(entry)
-        except re.error as error:
-            raise ValueError(f"{key} holds {entry!r}, no regular expression: {error}") from error
-    return entries
-
-
-def _op_types(key: str, value: Any) -> tuple[str, ...]:
-    entries = _names(key, value)
-    if not entries:
-        raise ValueError(f"{key} is empty: no layer could be pruned")
-    return entries
+    if pruning_type == "obs":
+        for key in ("criterion_reduce_type", "low_memory_usage"):
+            usual = getattr(PruningRule, key)
+            if values.get(key, usual) != usual:
+                raise ValueError(
+                    f"{key}={values[key]!r} has no meaning for pruning_type='obs', which keeps no "
+                    f"scores of elements: leave it out"
+                )
 
 
 def _pattern(key: str, value: Any) -> str:
@@ -250,49 +206,32 @@ def _pattern(key: str, value: Any) -> str:
     return text
 
 
-def _flag(key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} must be True or False, got {value!r}")
-    return value
-
-
-def _off(instead: str) -> Callable[[str, Any], None]:
-    """A key that is known, and refused unless it is switched off."""
-
-    def check(key: str, value: Any) -> None:
-        off = {"reg_coeff": 0.0} if key == "parameters" else {}
-        if value and not (isinstance(value, Mapping) and dict(value) == off):
-            raise ValueError(f"{key}={value!r} is not supported: {instead}")
-
-    return check
-
-
 _NO_REGULARIZER = "there is no group-lasso regularizer yet; leave it out"
 _STEP_KEYS = ("start_step", "end_step", "pruning_frequency", "total_steps")
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "target_sparsity": fraction,
-    "pruning_type": _one_of(*PRUNING_TYPES),
+    "pruning_type": one_of(*PRUNING_TYPES),
     "pattern": _pattern,
-    "op_names": _patterns,
-    "excluded_op_names": _patterns,
-    "backend": _off("pruning has one implementation"),
-    "start_step": _whole(0),
-    "end_step": _whole(0),
-    "pruning_scope": _one_of(*SCOPES),
-    "pruning_frequency": _whole(1),
+    "op_names": patterns,
+    "excluded_op_names": patterns,
+    "backend": off("pruning has one implementation"),
+    "start_step": whole(0),
+    "end_step": whole(0),
+    "pruning_scope": one_of(*SCOPES),
+    "pruning_frequency": whole(1),
     "min_sparsity_ratio_per_op": fraction,
     "max_sparsity_ratio_per_op": fraction,
-    "sparsity_decay_type": _one_of(*DECAYS),
-    "pruning_op_types": _op_types,
-    "low_memory_usage": _flag,
-    "round_multiplier": _whole(1),
-    "total_steps": _whole(1),
-    "criterion_reduce_type": _one_of(*REDUCE_TYPES),
-    "criterion_type": _one_of(*PRUNING_TYPES),
-    "parameters": _off(_NO_REGULARIZER),
-    "reg_type": _off(_NO_REGULARIZER),
-    "reg_coeff": _off(_NO_REGULARIZER),
-    "resume_from_pruned_checkpoint": _off(
+    "sparsity_decay_type": one_of(*DECAYS),
+    "pruning_op_types": op_types,
+    "low_memory_usage": flag,
+    "round_multiplier": whole(1),
+    "total_steps": whole(1),
+    "criterion_reduce_type": one_of(*REDUCE_TYPES),
+    "criterion_type": one_of(*PRUNING_TYPES),
+    "parameters": off(_NO_REGULARIZER),
+    "reg_type": off(_NO_REGULARIZER),
+    "reg_coeff": off(_NO_REGULARIZER),
+    "resume_from_pruned_checkpoint": off(
         "masks of a model stay without it, and a run is resumed with pruning.load_state_dict()"
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,3 +73,18 @@ def _cut_like(value: object, old: nn.Parameter, steps: Steps) -> object:
     for dim, index in steps:
         value = value.index_select(dim, index.to(value.device))
     return value.contiguous()
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The torch optimizer inside wrappers (such as accelerate's) that hold it as ``optimizer``.
+
+    Raises:
+        TypeError: there is none.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return optimizer

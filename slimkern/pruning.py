@@ -12,13 +12,15 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from slimkern import obs_step
 from slimkern.config import PruningRule
 from slimkern.criteria import scored_members
 from slimkern.discovery.groups import Group
 from slimkern.masks import masked_plan
 from slimkern.nn import MaskedLinear
+from slimkern.optimizer_state import innermost
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.pruning_report import GroupReport, PruningReport, Sparsity
 from slimkern.surgery import mask_, zero_masked_columns
@@ -37,17 +39,20 @@ class Pruning:
         model: the model. Its linears are masked by :func:`slimkern.mask_` from the first cut on.
         rules: each rule with the groups it prunes.
         optimizer: the optimizer that trains the model; may be ``None`` only where every rule cuts
-            by magnitude before the first step.
+            by magnitude or ``obs`` before the first step.
         notes: what preparation wants to have reported.
+        batches: what rules of type ``obs`` calibrate on, as the model takes them; kept as long as
+            this object. Such a rule writes to the second linears' weights and biases, frozen or
+            not, at its prune steps.
 
     Attributes:
         step: completed optimizer steps.
         optimizer: the optimizer that the steps are counted of, or ``None``.
 
     Raises:
-        ValueError: a rule lacks a schedule or an optimizer, or prunes before there are gradients;
-            a weight is frozen that a criterion needs the gradient of; the optimizer is another
-            model's.
+        ValueError: a rule lacks a schedule, an optimizer or batches, or prunes before there are
+            gradients; a weight is frozen that a criterion needs the gradient of; the optimizer is
+            another model's.
     """
 
     def __init__(
@@ -56,12 +61,14 @@ class Pruning:
         rules: Iterable[tuple[PruningRule, tuple[Group, ...]]],
         optimizer: torch.optim.Optimizer | None = None,
         notes: Iterable[str] = (),
+        batches: Iterable[Any] = (),
     ) -> None:
         self.model = model
-        self.optimizer = optimizer = _innermost(optimizer)
+        self.optimizer = optimizer = innermost(optimizer)
         self.step = 0
         self._tracks = [Track.start(rule, groups) for rule, groups in rules]
-        self._notes = tuple(notes)
+        self._batches = tuple(batches)
+        self._notes = (*notes, *obs_step.checked(model, self._tracks, self._batches))
         self._groups = {g.name: g for t in self._tracks for g in t.groups}
         names = {m.name for g in self._groups.values() for m in scored_members(g)}
         self._weights = {n: model.get_parameter(f"{n}.weight") for n in sorted(names)}
@@ -144,33 +151,17 @@ class Pruning:
         entries = [
             PlanEntry(g, tuple(int(i) for i in state["keep"][n])) for n, g in self._groups.items()
         ]
-        scores, step = self._checked_scores(state["scores"]), int(state["step"])
+        unknown = sorted(set(state["scores"]) - set(self._weights))
+        if unknown:
+            raise ValueError(f"the state has scores of layers that are not pruned: {unknown}")
+        scores = [t.own_scores(state["scores"], self._weights) for t in self._tracks]
+        step = int(state["step"])
         moved = [e for e in entries if e.keep != self._keep[e.group.name]]
         mask_(self.model, SlimPlan(tuple(moved)))
         self._keep = {e.group.name: e.keep for e in entries}
         for track, own in zip(self._tracks, scores):
             track.keeper.state = own
         self.step = step
-
-    def _checked_scores(self, scores: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Saved scores sorted by rule, on the weights' devices."""
-        unknown = sorted(set(scores) - set(self._weights))
-        if unknown:
-            raise ValueError(f"the state has scores of layers that are not pruned: {unknown}")
-        found: list[dict[str, Tensor]] = []
-        for track in self._tracks:
-            found.append({})
-            for group, name in ((g, n) for g in track.groups for n in _names(g) if n in scores):
-                weight = self._weights[name]
-                whole = track.rule.criterion_reduce_type == "max"
-                want = tuple(weight.shape) if whole else (group.num_units,)
-                if tuple(scores[name].shape) != want:
-                    raise ValueError(
-                        f"scores of {name!r} have shape {tuple(scores[name].shape)}, expected "
-                        f"{want}: the state is of another configuration"
-                    )
-                found[-1][name] = scores[name].to(weight.device, track.keeper.dtype, copy=True)
-        return found
 
     def remove(self) -> None:
         """Let go of the optimizer. Masks stay as they are and no longer move."""
@@ -185,7 +176,7 @@ class Pruning:
                 raise ValueError(
                     f"optimizer= is needed: pattern {track.rule.pattern!r} is to be pruned up to "
                     f"step {track.steps[-1]}, and steps are the optimizer's (without one, only "
-                    f"pruning_type='magnitude' with start_step=0 and end_step=0)"
+                    f"pruning_type='magnitude' or 'obs' with start_step=0 and end_step=0)"
                 )
             frozen = [n for g in track.groups for n in _names(g)]
             frozen = [n for n in frozen if not self._weights[n].requires_grad]
@@ -262,28 +253,21 @@ class Pruning:
         self._keep.update({e.group.name: e.keep for e in masks})
 
     def _cut(self) -> None:
-        """Select anew where this step is a prune step, and mask what goes."""
+        """Select anew where this step is a prune step, mask what goes, repair what stays."""
         tracks = [t for t in self._tracks if self.step in t.steps]
         if not tracks:
             return
         self._read_masks()  # the user, or another Pruning, may have masked more
         keep = dict(self._keep)
-        for track in tracks:
+        for track in (t for t in tracks if not t.rule.needs_batches):
             keep.update(track.choose(self.step, self._weights, self._keep))
+        measured = [t for t in tracks if t.rule.needs_batches]
+        found = obs_step.obs_step(self.model, measured, self.step, self._keep, self._batches)
+        keep.update(found.keep)
         moved = [PlanEntry(g, keep[n]) for n, g in self._groups.items() if keep[n] != self._keep[n]]
         mask_(self.model, SlimPlan(tuple(moved)))
+        found.write(self.model)
         self._keep = keep
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The torch optimizer inside wrappers (such as accelerate's) that hold it as ``optimizer``."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    return optimizer
 
 
 def _names(group: Group) -> tuple[str, ...]:

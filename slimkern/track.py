@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimkern.config import PruningRule
-from slimkern.criteria import ScoreKeeper
+from slimkern.criteria import ScoreKeeper, scored_members
 from slimkern.discovery.groups import Group
 from slimkern.schedule import prune_steps, sparsity_at
 from slimkern.selection import select
@@ -44,7 +44,7 @@ class Track:
             raise ValueError(
                 f"start_step=0 and end_step=0 prune before the first optimizer step, but "
                 f"pruning_type={rule.pruning_type!r} reads gradients: give an end_step of at "
-                f"least 1, or total_steps, or pruning_type='magnitude'"
+                f"least 1, or total_steps, or pruning_type='magnitude' (or 'obs')"
             )
         keeper = ScoreKeeper(
             groups, rule.pruning_type, rule.criterion_reduce_type, rule.low_memory_usage
@@ -74,20 +74,50 @@ class Track:
         Raises:
             RuntimeError: no gradient, or none but zeros, has reached a group.
         """
-        rule = self.rule
-        ratio = sparsity_at(step, self.steps, rule.target_sparsity, rule.sparsity_decay_type)
-        if not ratio:
+        if not self.sparsity(step):
             return {g.name: keep[g.name] for g in self.groups}
-        scores = self.keeper.scores(weights)
+        return self.highest(step, self.keeper.scores(weights), keep)
+
+    def sparsity(self, step: int) -> float:
+        """The fraction that is to be removed after ``step`` completed steps."""
+        rule = self.rule
+        return sparsity_at(step, self.steps, rule.target_sparsity, rule.sparsity_decay_type)
+
+    def highest(
+        self, step: int, scores: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """:meth:`choose` by these scores, which are written to: ``{group name: [num_units]}``."""
         for name, score in scores.items():
             masked = torch.ones_like(score, dtype=torch.bool)
             masked[list(keep[name])] = False
             score[masked] = _MASKED
-        chosen, notes = self._select(scores, ratio)
+        chosen, notes = self._select(scores, self.sparsity(step))
         if step == self.steps[-1]:
             self.notes = notes
         # A group with more masks than the ratio asks for by now is left as it is.
         return {n: tuple(sorted({*own} & {*keep[n]})) for n, own in chosen.items()}
+
+    def own_scores(
+        self, scores: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """This rule's part of saved scores, on the weights' devices.
+
+        Raises:
+            ValueError: a shape is that of another configuration.
+        """
+        found = {}
+        for group in self.groups:
+            for name in (m.name for m in scored_members(group) if m.name in scores):
+                weight = weights[name]
+                whole = self.rule.criterion_reduce_type == "max"
+                want = tuple(weight.shape) if whole else (group.num_units,)
+                if tuple(scores[name].shape) != want:
+                    raise ValueError(
+                        f"scores of {name!r} have shape {tuple(scores[name].shape)}, expected "
+                        f"{want}: the state is of another configuration"
+                    )
+                found[name] = scores[name].to(weight.device, self.keeper.dtype, copy=True)
+        return found
 
     def _select(
         self, scores: Mapping[str, Tensor], sparsity: float

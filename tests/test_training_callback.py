@@ -123,6 +123,24 @@ def test_in_a_plain_trainer_with_configs_of_the_user(tmp_path):
     assert slim.pruning.sparsity().ffn == 0.5
 
 
+def test_obs_measures_on_batches_of_the_user(setting, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(5, 17, (8, 6), generator=generator)} for _ in range(4)]
+    slim = SlimCallback(
+        **CUT, pruning_type="obs", warm_epochs=1, cooldown_epochs=1, pruning_frequency=3,
+        calibration=batches,
+    )  # fmt: skip
+    run = trainer_of(setting, tmp_path / "obs", slim)
+    run.train()
+    _, task, rows = setting
+    assert slim.pruning.done
+    assert slim.pruning.sparsity().ffn == slim.pruning.sparsity().mha == 0.5
+    masked = predict(run.model, task, rows)
+    assert abs(predict(slimkern.model_slim(run.model), task, rows) - masked).max() < 1e-5
+    with pytest.raises(ValueError, match="calibration="):
+        trainer_of(setting, tmp_path, SlimCallback(**CUT, pruning_type="obs")).train()
+
+
 def test_arguments_are_checked(setting, tmp_path):
     with pytest.raises(ValueError, match="complete in itself"):
         SlimCallback([{}], ffn2_sparsity=0.5)

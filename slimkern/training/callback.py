@@ -38,6 +38,9 @@ class SlimCallback(TrainerCallback):
         ffn2_sparsity, mha_sparsity: fractions of FFN channels and heads to remove.
         warm_epochs: epochs before the sparsity grows. Default: a thirteenth of the training.
         cooldown_epochs: epochs after the target is reached. Default: three thirteenths.
+        calibration: batches for ``pruning_type="obs"``, as the model takes them (a data loader or a
+            list of mappings): the first 8,192 tokens of them. A training that is resumed needs the
+            same ones again.
         **rules: further keys of ``WeightPruningConfig`` (``pruning_scope``, ``pruning_type``,
             ``pruning_frequency``, ``round_multiplier``, ...).
 
@@ -56,6 +59,7 @@ class SlimCallback(TrainerCallback):
         mha_sparsity: float = 0.0,
         warm_epochs: float | None = None,
         cooldown_epochs: float | None = None,
+        calibration: Iterable[Any] | None = None,
         **rules: Any,
     ) -> None:
         epochs_given = warm_epochs is not None or cooldown_epochs is not None
@@ -68,6 +72,7 @@ class SlimCallback(TrainerCallback):
         self.sparsities = {"ffn2_sparsity": ffn2_sparsity, "mha_sparsity": mha_sparsity}
         self.warm_epochs = warm_epochs
         self.cooldown_epochs = cooldown_epochs
+        self.calibration = calibration
         self.rules = rules
         self.pruning: Pruning | None = None
 
@@ -93,7 +98,8 @@ class SlimCallback(TrainerCallback):
             schedule = self._schedule(state.max_steps, state.max_steps / args.num_train_epochs)
             rules: dict[str, Any] = {**self.sparsities, **schedule, **self.rules}
             configs = parse_auto_slim_config(model, **rules)
-        pruning = prepare_pruning(model, configs, _unwrapped(kwargs["optimizer"]))
+        optimizer = _unwrapped(kwargs["optimizer"])
+        pruning = prepare_pruning(model, configs, optimizer, self.calibration)
         if state.global_step:
             pruning.load_state_dict(read_beside(args, state.global_step, STATE_NAME))
             if pruning.step != state.global_step:
