@@ -383,6 +383,8 @@ def test_degenerate_data_is_survived_and_told():
         dead.encoder.layer[2].output.dense.weight.zero_()
     prune(dead, "obs")
     assert all(p.isfinite().all() for p in dead.parameters())
+    constant = remove([Layer(torch.ones(3, 4), torch.zeros(4, 4))], [2, 1])
+    assert set(constant.errors.values()) == {0.0}, "a bias makes up for inputs that do not vary"
 
 
 def test_a_part_of_an_endless_loader_is_read_once():

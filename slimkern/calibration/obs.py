@@ -128,7 +128,7 @@ class _State:
         self.weight = layer.weight.double().clone()
         hessian = layer.hessian.double()
         energy = float(((self.weight @ hessian) * self.weight).sum())
-        self.energy = energy if energy > 0 else 1.0
+        self.energy = energy if energy > 0 else float("inf")  # a dead layer loses nothing
         mean = float(hessian.diagonal().mean())
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
