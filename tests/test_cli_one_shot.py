@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +258,16 @@ def test_errors_name_what_is_wrong(files, tmp_path, options, message):
     flat = " ".join(done.output.replace("│", " ").split())
     assert message in flat
     assert not (tmp_path / "run" / "slim").exists()
+
+
+def test_example(files, tmp_path):
+    path = Path(__file__).resolve().parents[1] / "examples" / "run_one_shot.sh"
+    ours = {"MODEL": files["model"], "TEXTS": files["texts"], "OUTPUT": str(tmp_path / "run")}
+    ours["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    call = [str(path), "--round-multiplier", "8", "--threads", "1", *SHAPE]
+    done = subprocess.run(call, env={**os.environ, **ours}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {row["kept"] / row["total"] for row in read(tmp_path / "run")["layers"]} == {0.5}
 
 
 def test_texts_of_every_format(tmp_path):
