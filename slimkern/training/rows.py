@@ -148,6 +148,15 @@ class EncodedRows(Dataset[dict[str, Any]]):
         batch["labels"] = torch.tensor(labels, dtype=dtype)
         return batch
 
+    def sequences_by_length(self, batch_size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """All sequences once, longest first: (indices of sequences, padded inputs)."""
+        order = sorted(
+            range(len(self.sequences)), key=lambda i: -len(self.sequences[i]["input_ids"])
+        )
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            yield indices, self.padding.batch([self.sequences[i] for i in indices])
+
     def by_length(self, batch_size: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """All rows once, longest first: (row indices, batch). For evaluation."""
         lengths = self.lengths()

@@ -95,20 +95,19 @@ class Teacher:
     ) -> Tensor:
         """The pass over all sequences: returns their vectors, and stores their hidden states."""
         device = next(self.model.parameters()).device
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         vectors: Tensor | None = None
         keep = self.hidden_states
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = rows.padding.batch([rows.sequences[i] for i in indices])
+        done = 0
+        for indices, batch in rows.sequences_by_length(batch_size):
             batch = {name: value.to(device) for name, value in batch.items()}
             outputs = self.task.run(self.model, batch, hidden_states=keep)
             if vectors is None:
-                vectors = torch.empty(len(order), outputs.vectors.shape[-1])
+                vectors = torch.empty(len(lengths), outputs.vectors.shape[-1])
             vectors[indices] = outputs.vectors.float().cpu()
             keep = keep and self._store(outputs.tokens, indices, lengths, memory)
+            done += len(indices)
             if progress is not None:
-                progress(start + len(indices), len(order))
+                progress(done, len(lengths))
         assert vectors is not None, "rows are never empty"
         return vectors
 

@@ -184,8 +184,8 @@ def predict(
         model: a dense, masked or slim model.
         task: what it was trained for.
         rows: the rows, in whose order the predictions come back.
-        batch_size: rows per forward.
-        progress: called with (rows done, rows in all).
+        batch_size: sequences per forward; each distinct one is run once.
+        progress: called with (sequences done, sequences in all).
 
     Raises:
         ValueError: a row has no label: such rows are for training alone.
@@ -194,16 +194,18 @@ def predict(
     training = model.training
     model.eval()
     device = next(model.parameters()).device
-    result = np.empty(len(rows))
-    done = 0
+    vectors: list[Tensor] = []
+    order: list[int] = []
     try:
-        for indices, batch in rows.by_length(batch_size):
+        for indices, batch in rows.sequences_by_length(batch_size):
             moved = {name: value.to(device) for name, value in batch.items()}
-            vectors = task.run(model, moved).vectors
-            result[indices] = task.predictions(vectors.float()).cpu().numpy()
-            done += len(indices)
+            vectors.append(task.run(model, moved).vectors.float().cpu())
+            order += indices
             if progress is not None:
-                progress(done, len(rows))
+                progress(len(order), len(rows.sequences))
     finally:
         model.train(training)
-    return result
+    places = torch.tensor(order).argsort()
+    of_rows = torch.tensor(rows.rows).T.flatten()  # all first sequences, then all second ones
+    predictions = task.predictions(torch.cat(vectors)[places[of_rows]])
+    return predictions.to(torch.float64).numpy()
