@@ -74,12 +74,19 @@ def first_batches(model: nn.Module, dataloader: Iterable[Any]) -> list[Any]:
     """The batches of a dataloader that are calibrated on: its first ``CALIBRATION_TOKENS`` tokens.
 
     Raises:
-        TypeError: ``dataloader`` gives texts, or is no iterable of batches.
+        TypeError: ``dataloader`` is no iterable of batches, or gives texts.
         ValueError: it holds no batch.
     """
+    if isinstance(dataloader, (Mapping, str, Tensor)) or not hasattr(dataloader, "__iter__"):
+        raise TypeError(
+            f"dataloader must be an iterable of batches, got {type(dataloader).__name__}; a single "
+            f"batch goes into a list"
+        )
     kept: list[Any] = []
     tokens = 0
     for raw in dataloader:
+        if isinstance(raw, str):
+            raise TypeError("dataloader gives texts; accepted are batches as the model takes them")
         kept.append(raw)
         tokens += sum(batch.tokens for batch in read_batches(model, [raw]))
         if tokens >= CALIBRATION_TOKENS or len(kept) == CALIBRATION_BATCHES:

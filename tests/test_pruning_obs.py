@@ -87,9 +87,10 @@ def test_masked_model_is_closer_than_by_magnitude_at_the_same_widths(family):
     assert distance(by_obs, dense, unseen) < distance(by_size, dense, unseen) / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_slim_is_masked(family):
-    dense = FAMILIES[family]("ForSequenceClassification")
+def test_slim_is_masked(family, dtype):
+    dense = FAMILIES[family]("ForSequenceClassification", dtype=dtype)
     model = copy.deepcopy(dense)
     prune(model, "obs")
     dense.load_state_dict(model.state_dict())
@@ -351,6 +352,9 @@ def test_bad_combinations_are_refused_and_change_nothing():
         prepare_pruning(model, config)
     with pytest.raises(ValueError, match="dataloader holds no batch"):
         prepare_pruning(model, config, dataloader=[])
+    for wrong, told in ((text_inputs(), "got dict"), (0.5, "got float"), (["a text"], "texts")):
+        with pytest.raises(TypeError, match=told):
+            prepare_pruning(model, config, dataloader=wrong)
     for key, value in (("criterion_reduce_type", "max"), ("low_memory_usage", True)):
         with pytest.raises(ValueError, match=f"{key}={value!r} has no meaning for .*'obs'"):
             WeightPruningConfig(pattern="mha", pruning_type="obs", **{key: value})
