@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from slimkern.budget import Choice, allocate, levels
 from slimkern.calibration.batches import Batch
 from slimkern.calibration.walk import Progress, Walk
+from slimkern.copies import sharing_copy
 from slimkern.costs import Costs, count_macs, count_parameters
 from slimkern.curves import Curve, error_curves
 from slimkern.discovery.groups import Group
-from slimkern.latency import measure_latency
+from slimkern.latency import Call, measure_latency
 from slimkern.layerwise import Method
+from slimkern.plan import PlanEntry, SlimPlan
+from slimkern.surgery import slim_
+from slimkern.timing import time_interleaved
 
+_CORRECTIONS, _AGREEMENT = 3, 0.02  # rounds of correction; when a table is right
+_ROUNDS = 15
 KINDS = ("params", "macs", "latency", "speedup")
 
 
@@ -35,6 +41,8 @@ class Budget:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r}; accepted: {', '.join(KINDS)}")
         for value in self.values:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"target_{self.kind} must be a positive number, got {value!r}")
@@ -92,6 +100,8 @@ class Allocation:
             g.name: levels(g.num_units, round_multiplier if g.kind == "ffn" else 1) for g in groups
         }
         self.costs = Costs("", 0.0, {})
+        self.call: Call | None = None  # the forward that seconds are of
+        self.threads: int | None = None
         self.curves: Mapping[str, Curve] = {}
 
     def count(
@@ -114,10 +124,11 @@ class Allocation:
         else:
             dtype = next(p.dtype for p in self.model.parameters())
             batch, tokens = self.shape
+            self.call, self.threads = forward_of(example, self.shape), threads
             self.costs = measure_latency(
                 self.model,
                 self.groups,
-                forward_of(example, self.shape),
+                self.call,
                 levels=self.levels,
                 threads=threads,
                 cache=cache,
@@ -151,9 +162,46 @@ class Allocation:
                 f"{dense:.6g} {self.costs.unit} and the smallest one {smallest:.6g} "
                 f"({dense / smallest:.2f} times less)"
             )
-        widths = allocate(choices, limit - self.costs.fixed)
+        if self.call is None:
+            widths = allocate(choices, limit - self.costs.fixed)
+            predicted = self.costs.total(widths)
+        else:
+            widths, predicted = self._corrected(choices, limit, dense, self.call)
         shape = None if self.budget.kind == "params" else self.shape
-        return widths, Prediction(self.costs.unit, dense, self.costs.total(widths), shape)
+        return widths, Prediction(self.costs.unit, dense, predicted, shape)
+
+    def _corrected(
+        self, choices: list[Choice], limit: float, dense: float, call: Call
+    ) -> tuple[dict[str, int], float]:
+        """Widths for a limit in seconds, and the seconds they take.
+
+        A search among noisy tables is drawn to what was timed too fast. So a copy of the chosen
+        widths is timed, the table is corrected by one factor, and the search is run again, until
+        the two agree.
+        """
+        factor = 1.0
+        for _ in range(_CORRECTIONS):
+            smallest = sum(min(c.costs) for c in choices)
+            widths = allocate(choices, max(limit / factor - self.costs.fixed, smallest))
+            predicted = self.costs.total(widths)
+            measured = dense * self._share(widths, call)
+            agreed = abs(measured / (predicted * factor) - 1) <= _AGREEMENT
+            factor = measured / predicted
+            if agreed:
+                break
+        return widths, predicted * factor
+
+    def _share(self, widths: Mapping[str, int], call: Call) -> float:
+        """The time of a model of these widths as a fraction of the dense model's."""
+        entries = [PlanEntry(g, tuple(range(widths[g.name]))) for g in self.groups]
+        copy = slim_(sharing_copy(self.model), SlimPlan(tuple(entries)))
+        times = time_interleaved(
+            {"dense": call(self.model), "slim": call(copy)},
+            check=lambda outputs: None,  # outputs were checked when the table was measured
+            rounds=_ROUNDS,
+            threads=self.threads,
+        )
+        return times["slim"].minimum / times["dense"].minimum
 
 
 def forward_of(

@@ -100,20 +100,29 @@ class Walk:
         self._dense.arrive(site.name)
 
     def look(self, site: Site) -> Moments:
-        """Moments of the inputs that the model being slimmed has at ``site``, and of its targets,
-        on the few batches; nothing moves."""
-        moments = self._moments(site)
-        self._slim.to(site.name, self.few, self._seen(site, moments), compute=False, keep=False)
+        """Moments of the inputs alone that the model being slimmed has at ``site`` on the few
+        batches; nothing moves."""
+        weight = self.slim.get_parameter(f"{site.name}.weight")
+        moments = Moments(weight.shape[1], 0, weight.device)
+
+        def look(index: int, seen: Seen) -> None:
+            moments.update(real_rows(self.batches[index], seen.x, site.name))
+
+        self._slim.to(site.name, self.few, look, compute=False, keep=False)
         return moments
 
     def arrive(self, site: Site) -> Moments:
-        """As :meth:`look` on all batches, and the model being slimmed moves on to ``site``."""
-        moments = self._moments(site)
-        seen = self._seen(site, moments)
+        """Moments of these inputs and of their targets on all batches; the model being slimmed
+        moves on to ``site``."""
+        weight = self.slim.get_parameter(f"{site.name}.weight")
+        moments = Moments(weight.shape[1], weight.shape[0], weight.device)
 
-        def look(index: int, what: Seen) -> None:
-            seen(index, what)
-            self.store.put(("x", index), {"x": what.x})
+        def look(index: int, seen: Seen) -> None:
+            target = self.store.get(("target", index))["y"]
+            if seen.residual is not None:
+                target = target - seen.residual
+            self.add(moments, index, site.name, seen.x, target)
+            self.store.put(("x", index), {"x": seen.x})
 
         self._slim.to(site.name, self.every, look, compute=False)
         self._slim.arrive(site.name)
@@ -129,20 +138,8 @@ class Walk:
                 self.store.drop(("x", index))
                 self.store.drop(("target", index))
 
-    def _moments(self, site: Site) -> Moments:
-        weight = self.slim.get_parameter(f"{site.name}.weight")
-        return Moments(weight.shape[1], weight.shape[0], weight.device)
-
-    def _seen(self, site: Site, moments: Moments) -> Callable[[int, Seen], None]:
-        def seen(index: int, what: Seen) -> None:
-            target = self.store.get(("target", index))["y"]
-            if what.residual is not None:
-                target = target - what.residual
-            self._add(moments, index, site.name, what.x, target)
-
-        return seen
-
-    def _add(self, moments: Moments, index: int, name: str, x: Tensor, y: Tensor) -> None:
+    def add(self, moments: Moments, index: int, name: str, x: Tensor, y: Tensor) -> None:
+        """Let a batch's real tokens enter; what is not finite is refused."""
         batch = self.batches[index]
         moments.update(real_rows(batch, x, name), real_rows(batch, y, name))
 
@@ -169,7 +166,7 @@ class DenseWalk:
         moments = Moments(weight.shape[1], weight.shape[0], weight.device)
 
         def look(index: int, seen: Seen) -> None:
-            self.walk._add(moments, index, site.name, seen.x, seen.y)
+            self.walk.add(moments, index, site.name, seen.x, seen.y)
 
         self._replay.to(site.name, self.indices, look)
         self._replay.arrive(site.name)
