@@ -77,7 +77,7 @@ def test_both_methods_in_one_folder(tiny, tmp_path):
     assert [s["dense"] for s in gradual["scores"]] == [s["dense"] for s in first["scores"]]
     assert all(m["seconds"] > 0 for m in both["methods"])
     page = (home / "report.html").read_text(encoding="utf-8")
-    assert "one-shot and gradual, side by side" in page
+    assert "One-shot and gradual, side by side" in page
     for name in ("one-shot", "gradual"):
         assert (home / name / "report.html").is_file()
         with torch.no_grad():

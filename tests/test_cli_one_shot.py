@@ -156,7 +156,23 @@ def test_healing_and_a_family(files, tmp_path):
     assert not (tmp_path / "run" / "training").exists()
     assert "side by side" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "against speed" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "family, 1.01x asked for" in done.output
+    assert "family, 1.01x" in done.output
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_unlabelled_texts_heal(files, tmp_path, labelled):
+    more = ["--unlabelled", files["texts"], "--eval", files["dev"], "--heal-epochs", "1"]
+    more += ["--train", files["train"], "--no-finetune"] if labelled else []
+    done = slim(files["model"], tmp_path / "run", *CUT, *more)
+    assert done.exit_code == 0, done.output
+    results = read(tmp_path / "run")
+    pairs, texts = 48, len(WORDS) * 4 * 2 // 2  # two texts make a row
+    assert results["data"]["splits"] == ({"train": 48} if labelled else {}) | {"dev": 48}
+    steps = max(point["step"] for point in results["history"])
+    assert steps == -(-(texts + pairs * labelled) // 32)
+    source = results["one_shot"]["calibration"]["source"]
+    assert source == ("the training rows and texts.txt" if labelled else "texts.txt")
+    assert results["settings"]["one_shot.unlabelled"] == "texts.txt"
 
 
 def test_latency_is_predicted_and_measured(files, tmp_path):
@@ -232,8 +248,13 @@ def test_interrupt_in_the_healing_and_go_on(files, tmp_path):
         ([*CUT, "--method", "gradual", "--calibration", "x.txt"], "belongs to --method one-shot"),
         ([*CUT, "--method", "gradual"], "the gradual method trains: give the training rows"),
         ([*CUT], "give it, or --train: the model is calibrated on texts"),
-        ([*CUT, "--heal-epochs", "2"], "--heal-epochs trains: give the training rows"),
+        ([*CUT, "--heal-epochs", "2"], "--heal-epochs trains: give training rows, or --unlabelled"),
         ([*CUT, "--calibration", "@texts", "--lr", "1"], "has no effect: nothing is healed"),
+        (
+            [*CUT, "--unlabelled", "@texts", "--heal-epochs", "0", "--calibration", "@texts"],
+            "has no effect: nothing is healed",
+        ),
+        ([*CUT, "--unlabelled", "@texts"], "epochs are compared on its rows"),
         ([*CUT, "--calibration", "@texts", "--patience", "1"], "has no effect: nothing is trained"),
         ([*CUT, "--calibration", "@texts", "--dense-lr", "1"], "the dense model is not trained"),
         ([*CUT, "--calibration", "@texts", "--finetune"], "--finetune trains"),

@@ -95,7 +95,7 @@ def test_the_one_shot_sections_are_told():
 def test_two_methods_stand_side_by_side():
     both = {**OWN, "methods": [method_result(OWN), method_result(GRADUAL)]}
     page = _Page(render(both))
-    for text in ("one-shot and gradual, side by side", "5 min 34 s", "15 min 00 s"):
+    for text in ("One-shot and gradual, side by side", "5 min 34 s", "15 min 00 s"):
         assert text in page.text, text
     assert "side by side" not in render(OWN)
     assert json.loads(json.dumps(both)) == both

@@ -159,7 +159,7 @@ def _one_shot(run: Run, main: Variant, results: Results, before: list[Score]) ->
     section: OneShot = {
         "seconds": told["seconds"],
         "calibration": {
-            "source": Path(asked.calibration).name if asked.calibration else "training rows",
+            "source": " and ".join(_calibration_sources(run)),
             "sequences": sum(len(batch["input_ids"]) for batch in run.calibration),
             "tokens": int(sum(int(batch["attention_mask"].sum()) for batch in run.calibration)),
         },
@@ -178,6 +178,15 @@ def _one_shot(run: Run, main: Variant, results: Results, before: list[Score]) ->
                 "slim": row["slim_min"],
             }
     return section
+
+
+def _calibration_sources(run: Run) -> list[str]:
+    asked = run.settings.one_shot
+    assert asked is not None
+    if asked.calibration is not None:
+        return [Path(asked.calibration).name]
+    found = ["the training rows"] if "train" in run.splits else []
+    return [*found, *([Path(asked.unlabelled).name] if asked.unlabelled is not None else [])]
 
 
 def _family(run: Run, models: Mapping[str, nn.Module], scores: dict[str, list[Score]]) -> Family:
@@ -236,7 +245,7 @@ def _flat_settings(run: Run) -> dict[str, Any]:
                 flat[prefix + key] = value if plain else str(value)
 
     add(asdict(run.settings), "")
-    for path in ("model", "teacher", "one_shot.calibration"):
+    for path in ("model", "teacher", "one_shot.calibration", "one_shot.unlabelled"):
         if path in flat:
             flat[path] = Path(flat[path]).name
     return flat

@@ -18,8 +18,9 @@ def train_gradual(run: Run) -> nn.Module:
         InterruptedRunError: Ctrl-C; a checkpoint lies in the run's folder.
     """
     settings = run.settings
-    assert settings.slim is not None, "the gradual road is a training"
+    assert settings.slim is not None
     set_seed(settings.slim.seed)
+    assert run.slimming_rows is not None
     weights = settings.weights
     teacher = run.teacher(weights.hidden > 0) if weights.needs_teacher else None
     model = run.load(str(run.teacher_folder))
@@ -35,7 +36,7 @@ def train_gradual(run: Run) -> nn.Module:
     trainer = DistillTrainer(
         model if settings.slim.dropout else disable_dropout(model),
         run.task,
-        run.rows["train"],
+        run.slimming_rows,
         settings.slim.arguments(scratch),
         weights,
         teacher,

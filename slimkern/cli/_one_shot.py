@@ -14,11 +14,12 @@ from transformers import set_seed
 
 import slimkern
 from slimkern.checkpoint import PLAN_FILE
-from slimkern.cli._calibration import Texts, calibration_batches
+from slimkern.cli._calibration import calibration_batches
 from slimkern.cli._display import Bar
 from slimkern.cli._run import Run
 from slimkern.cli._run_folder import write_json
 from slimkern.training import DistillTrainer, HealingSettings, TrainingSettings, disable_dropout
+from slimkern.training.task import Texts
 
 if TYPE_CHECKING:
     from slimkern.one_shot import OneShot
@@ -80,7 +81,7 @@ def cut(run: Run, texts: Texts | None) -> None:
 
     Args:
         run: the run, with its dense teacher.
-        texts: what calibrates; ``None``: the training sentences.
+        texts: what calibrates; ``None``: the rows that the slim model is healed on.
 
     Raises:
         ValueError: the data can't calibrate the model, or the target can't be reached.
@@ -132,7 +133,7 @@ def healed(run: Run, variants: Sequence[Variant]) -> dict[str, nn.Module]:
 
 
 def _heal(run: Run, variant: Variant) -> nn.Module:
-    """Distil from the dense model on the training rows, and return the best epoch's model.
+    """Distil from the dense model, and return the best epoch's model.
 
     The model as the cut left it is the epoch before the first: where no epoch is better on the
     evaluation file, it is the result.
@@ -141,6 +142,7 @@ def _heal(run: Run, variant: Variant) -> nn.Module:
     settings = variant.training
     if settings is None:
         return model
+    assert run.slimming_rows is not None, "there are rows where anything is trained"
     set_seed(settings.seed)
     weights = run.settings.weights
     teacher = run.teacher(weights.hidden > 0) if weights.needs_teacher else None
@@ -156,7 +158,7 @@ def _heal(run: Run, variant: Variant) -> nn.Module:
     trainer = DistillTrainer(
         model,
         run.task,
-        run.rows["train"],
+        run.slimming_rows,
         settings.arguments(scratch),
         weights,
         teacher,

@@ -68,12 +68,13 @@ _OF_METHOD = {
         *TARGETS,
         "latency_shape",
         "criterion",
+        "unlabelled",
         "family",
         "family_heal_epochs",
     ),
     Method.gradual: ("epochs", "warm_epochs", "cooldown_epochs", "scope", "decay", "frequency"),
 }
-_OF_SLIM_TRAINING = ("lr", "distill")
+_OF_SLIM_TRAINING = ("lr", "distill", "unlabelled")
 _OF_TRAINING = ("batch_size", "weight_decay", "beta2", "patience")
 _OF_DENSE_TRAINING = ("dense_epochs", "dense_lr")
 
@@ -151,10 +152,10 @@ def check_training(values: Mapping[str, Any], given: Iterable[str]) -> None:
     if values["train"] is None:
         if gradual:
             raise refuse("train", "the gradual method trains: give the training rows")
-        if heals:
+        if values["unlabelled"] is None and heals:
             name = "heal_epochs" if values["heal_epochs"] else "family_heal_epochs"
-            raise refuse("train", f"{flag(name)} trains: give the training rows")
-        if values["calibration"] is None:
+            raise refuse("train", f"{flag(name)} trains: give training rows, or --unlabelled texts")
+        if values["unlabelled"] is None and values["calibration"] is None:
             raise refuse("calibration", "give it, or --train: the model is calibrated on texts")
         if "finetune" in given and values["finetune"]:
             raise refuse("train", "--finetune trains: give the training rows")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimkern.cli._calibration import Texts
 from slimkern.cli._finish import complete, finish_gradual, finish_one_shot
 from slimkern.cli._gradual import train_gradual
 from slimkern.cli._one_shot import cut, family_variants, healed, main_variant
 from slimkern.cli._run import Run
 from slimkern.cli._run_folder import GRADUAL
 from slimkern.report.schema import Results
+from slimkern.training.task import Texts
 
 
 def slim_model(run: Run, texts: Texts | None, title: str, **described: Any) -> Results:
@@ -18,7 +18,7 @@ def slim_model(run: Run, texts: Texts | None, title: str, **described: Any) -> R
 
     Args:
         run: the run, its splits encoded and its dense teacher made.
-        texts: what calibrates the one-shot road; ``None``: the training sentences.
+        texts: what calibrates the one-shot road; ``None``: the rows that it is healed on.
         title, **described: as of :func:`slimkern.cli._finish.complete`.
 
     Raises:

@@ -49,6 +49,7 @@ from slimkern.training import (
 )
 from slimkern.training.evaluation import accuracy, spearman
 from slimkern.training.rows import EncodedRows
+from slimkern.training.task import Texts
 
 TEACHER_PASS = "run the teacher over the training rows"
 
@@ -83,6 +84,7 @@ class Run:
         self.display = display
         self.rows: dict[str, EncodedRows] = {}
         self.history: list[dict[str, Any]] = []
+        self.slimming_rows: EncodedRows | None = None
         self.calibration: list[dict[str, Tensor]] = []
         self.tokenizer: Any = None
         self.name = Path(settings.model).name
@@ -112,8 +114,8 @@ class Run:
         open_folder(self.folder, description, self.display, overwrite)
         self.display.keep_stages(self.folder / STAGES_FILE)
 
-    def encode(self) -> None:
-        """Tokenize every split once."""
+    def encode(self, unlabelled: Texts | None = None) -> None:
+        """Tokenize every split once; ``unlabelled`` texts join the rows that are slimmed on."""
         source = self.settings.teacher or self.settings.model
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source)
@@ -134,6 +136,11 @@ class Run:
                 self.rows[name] = self.task.encode(
                     split.pairs, self.tokenizer, self.max_length, split.path
                 )
+            rows = self.rows.get("train")
+            if unlabelled is not None:
+                more = self.task.encode_texts(unlabelled, self.tokenizer, self.max_length)
+                rows = more if rows is None else rows + more
+            self.slimming_rows = rows
 
     def train_dense(self) -> None:
         """Make the dense teacher, unless there is one."""
@@ -163,14 +170,15 @@ class Run:
         shutil.rmtree(self.home / "training", ignore_errors=True)
 
     def teacher(self, hidden_states: bool) -> Teacher:
-        """The dense model's answers to the training rows; computed at the first call."""
+        """The dense model's answers to the rows of the slimming; computed at the first call."""
         if self._teacher is None:
+            assert self.slimming_rows is not None, "there are rows where anything is trained"
             with self.display.stage(TEACHER_PASS) as bar:
                 dense: nn.Module = self.load(str(self.teacher_folder))
                 self._teacher = Teacher(
                     dense.to(_device()),
                     self.task,
-                    self.rows["train"],
+                    self.slimming_rows,
                     hidden_states=hidden_states,
                     progress=bar,
                 )
@@ -184,9 +192,12 @@ class Run:
         """``{split: {model: predictions}}`` of the evaluation splits."""
         names = [name for name in self.splits if name != "train"]
         result: dict[str, dict[str, Any]] = {name: {} for name in names}
-        for label, model in models.items():
-            for name in names:
-                with self.display.stage(f"evaluate {label} on {name}") as bar:
+        if not names:
+            return result
+        with self.display.stage(f"evaluate on {' and '.join(names)}") as bar:
+            for label, model in models.items():
+                for name in names:
+                    bar.say(f"{label} on {name}")
                     rows = self.rows[name]
                     result[name][label] = predict(model, self.task, rows, progress=bar)
         return result

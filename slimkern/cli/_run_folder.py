@@ -45,9 +45,10 @@ class OneShotSettings:
             where sparsities are asked for.
         criterion: what decides which units go.
         round_multiplier: FFN widths that remain are multiples of it.
-        calibration: file of the texts; ``None``: the sentences of the training rows.
+        calibration: file of the texts; ``None``: those of the healing's rows.
         calibration_rows: at most so many token sequences are drawn from them, by the run's seed.
         latency_shape: (batch, tokens) that latencies are predicted and compared for.
+        unlabelled: file of texts that heal beside the training rows.
         seed: of that draw.
     """
 
@@ -57,6 +58,7 @@ class OneShotSettings:
     calibration: str | None = None
     calibration_rows: int = 2048
     latency_shape: tuple[int, int] = (8, 128)
+    unlabelled: str | None = None
     seed: int = 0
 
 

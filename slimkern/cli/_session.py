@@ -88,7 +88,7 @@ def summarize(results: Results, folder: Path, home: Path | None = None) -> None:
     for member in family["members"] if family else ():
         if family and "target_speedup" in member:
             times = {"dense_min": family["dense_min"], "slim_min": member["slim_min"]}
-            _add_times(table, f"family, {member['name']} asked for", times)
+            _add_times(table, f"family, {member['name']}", times)
     table.caption = f"times: fastest forward, {threads} thread(s), float32"
     console.print(table)
     if "predicted" in one_shot:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import typer
@@ -70,6 +70,8 @@ def _one_shot(built: Task, values: Mapping[str, Any]) -> dict[str, Any]:
     family_slim = _healing(values, values["family_heal_epochs"])
     longest = slim or family_slim
     usual = built.default_weights if longest is None else longest.weights(built)
+    if values["train"] is None:
+        usual = replace(usual, task=0.0)  # no row has a label
     calibration = values["calibration"]
     return {
         "method": ONE_SHOT,
@@ -82,6 +84,7 @@ def _one_shot(built: Task, values: Mapping[str, Any]) -> dict[str, Any]:
             calibration=None if calibration is None else str(calibration),
             calibration_rows=values["calibration_rows"],
             latency_shape=parse_shape(values["latency_shape"]),
+            unlabelled=None if values["unlabelled"] is None else str(values["unlabelled"]),
             seed=values["seed"],
         ),
         "family": parse_family(values["family"]),

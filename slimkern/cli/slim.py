@@ -77,7 +77,7 @@ def slim(
         Path | None,
         _one_shot(
             help="Texts without labels: .txt, one a line, or a format of --train. "
-            "The training sentences if left out."
+            "The rows of the training if left out."
         ),
     ] = None,
     calibration_rows: Annotated[
@@ -87,7 +87,11 @@ def slim(
     criterion: Annotated[Criterion, _one_shot(help="What decides which units go.")] = Criterion.obs,
     heal_epochs: Annotated[
         float | None,
-        _one_shot(min=0, help="Distillation of the slim model: 6 with --train, else 0."),
+        _one_shot(min=0, help="Distillation of the slim model: 6 where it has data, else 0."),
+    ] = None,
+    unlabelled: Annotated[
+        Path | None,
+        _one_shot(help="Texts without labels that heal too: as --calibration."),
     ] = None,
     family: Annotated[
         str | None,
@@ -187,16 +191,16 @@ def slim(
     """Make a model smaller on your own data, and report what that cost and gained.
 
     One-shot: a few thousand texts calibrate the model, what it can spare is removed and what stays
-    is repaired, without training; with --train, a distillation from the (fine-tuned) dense model
-    heals it. Gradual: FFN channels and heads are masked while distilling, then removed. Both save,
-    reload, evaluate and time the result and write results.json and report.html into the output
-    folder. Ctrl-C leaves a checkpoint: the same command goes on from there.
+    is repaired, without training; then a distillation from the (fine-tuned) dense model heals it,
+    where there are rows for that. Gradual: FFN channels and heads are masked while distilling, then
+    removed. Both save, reload, evaluate and time the result and write results.json and report.html
+    into the output folder. Ctrl-C leaves a checkpoint: the same command goes on from there.
     """
     values = {k: v for k, v in locals().items() if k != "context"}
     given = given_options(context)
     check_method(method, given)
     if heal_epochs is None:
-        values["heal_epochs"] = 0.0 if train is None else _HEAL_EPOCHS
+        values["heal_epochs"] = _HEAL_EPOCHS if train or unlabelled else 0.0
     check_target(values)
     parse_shape(latency_shape)
     parse_family(family)
@@ -221,14 +225,18 @@ def _run(values: dict[str, Any], display: Display) -> None:
     names = ("sentence1", "sentence2", "label", "delimiter", "header")
     columns = Columns(*(values[name] for name in names))
     splits = read_splits(files, columns)
-    texts = None if values["calibration"] is None else read_texts(values["calibration"], columns)
+    texts, unlabelled = (
+        None if values[name] is None else read_texts(values[name], columns)
+        for name in ("calibration", "unlabelled")
+    )
     model = str(values["teacher"] or values["model"])
     built = choose_task(values["task"], model, splits, values["score_max"], display)
     run = Run(values["output"], build_settings(built, values), built, splits, display)
     run.prepare(values["overwrite"])
-    run.encode()
+    run.encode(unlabelled)
     run.train_dense()
-    source = next(path for path in (*files.values(), values["calibration"]) if path is not None)
+    paths = (*files.values(), values["calibration"], values["unlabelled"])
+    source = next(path for path in paths if path is not None)
     results = slim_model(
         run,
         texts,
