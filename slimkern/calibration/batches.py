@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkern.discovery.inputs import Inputs, prepare, without_extras
+from slimkern.discovery.inputs import Inputs, prepare, tensors_in, without_extras
 
 _MASK = "attention_mask"
 
@@ -30,6 +30,11 @@ class Batch:
     def example(self) -> Any:
         """The arguments as :func:`slimkern.discover` takes them."""
         return self.inputs.args or self.inputs.kwargs
+
+    @property
+    def entries(self) -> int:
+        """Numbers in all its tensors together, padding included."""
+        return sum(t.numel() for t in tensors_in((self.inputs.args, self.inputs.kwargs)))
 
     def call(self, model: nn.Module) -> Any:
         """Run ``model`` on this batch."""

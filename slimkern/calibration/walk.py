@@ -76,7 +76,9 @@ class Walk:
         self.every = list(range(len(batches)))
         self.few = spread_over(batches, selection_tokens)
         sites = [Site(g, m) for g in groups for m in g.consumers]
-        self.script = record(dense, batches[0], {s.name for s in sites})
+        # All that a recorded forward makes is held until it is over: the smallest batch will do.
+        self.recorded = min(self.every, key=lambda i: batches[i].entries)
+        self.script = record(dense, batches[self.recorded], {s.name for s in sites})
         for site in sites:
             times = self.script.times(site.name)
             if times != 1:
@@ -92,7 +94,7 @@ class Walk:
         """Bring the dense model to ``site`` on all batches, and store what is aimed at."""
 
         def look(index: int, seen: Seen) -> None:
-            if index == 0:
+            if index == self.recorded:
                 _check_resumed(self.script, site.name, seen.x)
             self.store.put(("target", index), {"y": seen.target})
 
