@@ -1,0 +1,232 @@
+"""What each part of the one-shot road is worth, on all-MiniLM-L6-v2 and STS-benchmark.
+
+    python bench/one_shot.py choices --teacher slimkern-demo/teacher --results choices.json
+    python bench/one_shot.py losses  --teacher slimkern-demo/teacher --results losses.json
+    python bench/one_shot.py base    --results base.json
+    python bench/one_shot.py table   --results choices.json
+
+``choices``: without training, what the criterion, the repair and the order of layers are worth.
+``losses``: a short healing with each part of the loss left out. ``base``: all-mpnet-base-v2 at
+50 % and 50 %, without training, with its peak memory. Each row is written to the file of results
+when it is there, and a row that is there already is not run again. ``table`` prints them.
+
+The teacher is the dense model that ``slimkern demo`` leaves in its folder. Scores are Pearson and
+Spearman correlations of the cosine of two embeddings with the gold score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from base_model import fetch_base_model
+from transformers import AutoTokenizer, PrinterCallback, set_seed
+
+import slimkern
+from slimkern import timing
+from slimkern.cli.fetch import fetch_demo_files, read_stsb
+from slimkern.training import (
+    DistillationWeights,
+    DistillTrainer,
+    EmbeddingTask,
+    HealingSettings,
+    Teacher,
+    predict,
+)
+from slimkern.training.data import Pair
+from slimkern.training.evaluation import compare, pearson, spearman
+
+Scores = dict[str, tuple[float, float]]
+CUT = {"ffn2_sparsity": 0.8, "mha_sparsity": 0.6}
+CHOICES: dict[str, dict[str, Any]] = {
+    "80 % / 60 %, structured OBS, least squares, layer after layer": {},
+    "the same with 4,096 sentences": {"sentences": 4096},
+    "the same, channels removed 4 at a time instead of 16": {"chunk": 4},
+    "criterion: magnitude": {"criterion": "magnitude"},
+    "criterion: activation-weighted": {"criterion": "activation"},
+    "criterion: fluctuation": {"criterion": "fluctuation"},
+    "criterion: Fisher of the masks": {"criterion": "fisher"},
+    "all layers beside the dense model": {"sequential": False},
+    "repair without the row of ones": {"ones_row": False},
+    "repair of the bias alone": {"repair": "bias"},
+    "no repair": {"repair": "none"},
+    "fluctuation, bias alone (FLAP)": {"criterion": "fluctuation", "repair": "bias"},
+    "magnitude, no repair": {"criterion": "magnitude", "repair": "none"},
+    "50 % / 50 %": {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5},
+    "33 % / 33 %": {"ffn2_sparsity": 0.33, "mha_sparsity": 0.33},
+}
+LOSSES: dict[str, dict[str, float]] = {
+    "all": {},
+    "without the task's own": {"task": 0.0},
+    "without hidden states": {"hidden": 0.0},
+    "without pooled embeddings": {"embedding": 0.0},
+    "without similarities": {"similarity": 0.0},
+    "the task's own alone": {"hidden": 0.0, "embedding": 0.0, "similarity": 0.0},
+}
+EPOCHS = 3.0
+SENTENCES = 2048
+
+
+class Bench:
+    """A dense model, the data, and rows of results on disk."""
+
+    def __init__(self, folder: Path, results: Path) -> None:
+        files = fetch_demo_files()
+        self.folder, self.results = folder, results
+        self.task = EmbeddingTask(scale=5.0)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.texts = {n: read_stsb(getattr(files, n)) for n in ("train", "dev", "test")}
+        self.rows = {
+            name: self.task.encode(
+                [Pair(a, b, gold, line) for line, (a, b, gold) in enumerate(rows, 1)],
+                self.tokenizer,
+                128,
+                name,
+            )
+            for name, rows in self.texts.items()
+        }
+        self.done: dict[str, Any] = {}
+        if results.is_file():
+            self.done = json.loads(results.read_text(encoding="utf-8"))
+        self.done["machine"] = timing.machine_line()
+
+    def dense(self) -> torch.nn.Module:
+        return self.task.load_model(str(self.folder)).eval()
+
+    def sentences(self, count: int) -> list[str]:
+        """Training sentences, seeded: one of each of ``count`` rows."""
+        random = np.random.default_rng(0)
+        order = random.permutation(len(self.texts["train"]))[:count]
+        return [self.texts["train"][i][int(random.integers(2))] for i in order]
+
+    def add(self, name: str, seconds: float, model: torch.nn.Module, **more: Any) -> None:
+        """Evaluate a model and write its row."""
+        row: dict[str, Any] = {"seconds": round(seconds, 1), **more}
+        for split in ("dev", "test"):
+            made = predict(model, self.task, self.rows[split])
+            gold = self.task.gold(self.rows[split])
+            row[split] = [pearson(gold, made), spearman(gold, made)]
+            if "predictions" in self.done and name != "dense":
+                dense = np.array(self.done["predictions"][split])
+                row[f"{split} interval"] = [
+                    [s["low"], s["high"]] for s in compare(split, gold, dense, made)
+                ]
+            elif name == "dense":
+                self.done.setdefault("predictions", {})[split] = made.tolist()
+        self.done.setdefault("rows", {})[name] = row
+        self.results.write_text(json.dumps(self.done), encoding="utf-8")
+        print(name, row, flush=True)
+
+    def has(self, name: str) -> bool:
+        return name in self.done.get("rows", {})
+
+
+def choices(bench: Bench) -> None:
+    """Every row of ``CHOICES``."""
+    if not bench.has("dense"):
+        bench.add("dense", 0.0, bench.dense())
+    for name, changes in CHOICES.items():
+        if not bench.has(name):
+            options = {**CUT, **changes}
+            texts = bench.sentences(options.pop("sentences", SENTENCES))
+            result = slimkern.one_shot(bench.dense(), texts, tokenizer=bench.tokenizer, **options)
+            bench.add(name, result.seconds, result.model)
+
+
+def losses(bench: Bench) -> None:
+    """Every row of ``LOSSES``, each from the same one-shot model."""
+    if not bench.has("dense"):
+        bench.add("dense", 0.0, bench.dense())
+    start = bench.results.with_suffix(".slim")
+    if not start.is_dir():
+        texts = bench.sentences(SENTENCES)
+        result = slimkern.one_shot(bench.dense(), texts, tokenizer=bench.tokenizer, **CUT)
+        slimkern.save(result.model, start)
+        bench.add("no healing", result.seconds, result.model)
+    settings = HealingSettings.for_epochs(EPOCHS)
+    teacher = Teacher(bench.dense(), bench.task, bench.rows["train"])
+    for name, changes in LOSSES.items():
+        if bench.has(name):
+            continue
+        set_seed(settings.seed)
+        model = settings.prepare(slimkern.load(start))
+        weights = DistillationWeights(
+            **{**vars(settings.weights(bench.task)), **changes}  # the healing's own, but for these
+        )
+        trainer = DistillTrainer(
+            model,
+            bench.task,
+            bench.rows["train"],
+            settings.arguments(bench.results.with_suffix(".scratch"), save=False),
+            weights,
+            teacher if weights.needs_teacher else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        began = time.perf_counter()
+        trainer.train()
+        bench.add(name, time.perf_counter() - began, model)
+
+
+def base(bench: Bench) -> None:
+    """all-mpnet-base-v2 at 50 % and 50 %, without training."""
+    model = bench.dense()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not bench.has("50 % / 50 %"):  # before anything else: the peak is of the whole process
+        before = _peak() - size
+        texts = bench.sentences(SENTENCES)
+        result = slimkern.one_shot(
+            model, texts, 0.5, 0.5, tokenizer=bench.tokenizer, max_length=128
+        )
+        peak = _peak() - before
+        bench.add("50 % / 50 %", result.seconds, result.model, peak_of_model=peak / size)
+    if not bench.has("dense"):
+        bench.add("dense", 0.0, model)
+
+
+def _peak() -> int:
+    """The most memory that the process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def table(done: dict[str, Any]) -> str:
+    """The rows as a table."""
+    dense = done["rows"]["dense"]
+    lines = ["| | seconds | dev Pearson / Spearman | lost | test Pearson / Spearman | lost |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, row in done["rows"].items():
+        cells = [name, f"{row['seconds']:.0f}" if row["seconds"] else ""]
+        for split in ("dev", "test"):
+            cells.append(" / ".join(f"{value:.4f}" for value in row[split]))
+            lost = [1 - value / whole for value, whole in zip(row[split], dense[split])]
+            cells.append("" if name == "dense" else " / ".join(f"{100 * v:.1f} %" for v in lost))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", done["machine"]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("choices", "losses", "base", "table"))
+    parser.add_argument("--teacher", type=Path, help="folder of the fine-tuned dense model")
+    parser.add_argument("--results", type=Path, required=True, help="JSON, added to")
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    if asked.part == "table":
+        print(table(json.loads(asked.results.read_text(encoding="utf-8"))))
+        return
+    torch.set_num_threads(asked.threads)
+    if asked.part == "base":
+        base(Bench(fetch_base_model(), asked.results))
+    elif asked.teacher is None:
+        parser.error("--teacher is needed: slimkern-demo/teacher, for example")
+    else:
+        {"choices": choices, "losses": losses}[asked.part](Bench(asked.teacher, asked.results))
+
+
+if __name__ == "__main__":
+    main()
