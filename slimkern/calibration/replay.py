@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from slimkern.calibration.batches import Batch
-from slimkern.calibration.script import Frontier, Script, replaced_forwards
+from slimkern.calibration.record import first_input, replaced_forwards
+from slimkern.calibration.script import Frontier, Script
 from slimkern.calibration.store import Store
 
 _ADDS = {
@@ -175,6 +176,7 @@ class _Run:
         self.index = -1
         self.counts: dict[str, int] = {}
         self.loaded: dict[str, Tensor] = {}
+        self.given: dict[tuple[int, int], Tensor] = {}  # what finished calls returned again
         self.saved: dict[str, Tensor] = {}
         self.catch = _CatchSum()
         self.watching = ExitStack()
@@ -189,7 +191,7 @@ class _Run:
         replay = self.replay
         self.index = index
         self.counts.clear()
-        self.saved = {}
+        self.given, self.saved = {}, {}
         self.loaded = replay.store.get((replay.tag, index)) if replay.at.done else {}
         self.catch = _CatchSum()
         with suppress(_Reached), ExitStack() as self.watching:
@@ -211,7 +213,9 @@ class _Run:
             self.counts[name] = nth + 1
             if (name, nth) in at.done:
                 return self._restored(at.done[name, nth])
-            output = self._linear(args[0], run) if name == self.name else run(*args, **kwargs)
+            if name == self.name:
+                return self._linear(first_input(args, kwargs), run)
+            output = run(*args, **kwargs)
             if (name, nth) in upto.done:
                 self._keep(upto.done[name, nth], output)
             return output
@@ -221,6 +225,7 @@ class _Run:
     def _linear(self, x: Tensor, run: Callable[..., Any]) -> Tensor:
         outputs = len(self.replay.model.get_parameter(f"{self.name}.weight"))
         y = run(x) if self.compute else x.new_zeros(*x.shape[:-1], outputs)
+        self._keep(self.upto.done[self.name, 0], y)
         self.catch.seen = Seen(x, y)
         self.watching.enter_context(self.catch)  # not before: it sees every operation
         return y
@@ -236,12 +241,18 @@ class _Run:
 
     def _restored(self, call: int) -> Any:
         """What a call returned, its tensors from the store, or NaN for those not needed."""
-        form, leaves = self.replay.returned[self.index, call]
-        at, leaves = self.replay.at, list(leaves)
-        for leaf, part in enumerate(leaves):
-            if leaf in at.needed.get(call, ()):
-                value = self.loaded[f"{call}.{leaf}"]
-                leaves[leaf] = value.clone() if (call, leaf) in at.changed else value
-            elif isinstance(part, _Shape):
-                leaves[leaf] = part.stand_in()
+        form, parts = self.replay.returned[self.index, call]
+        leaves = [
+            self._tensor((call, leaf), part) if isinstance(part, _Shape) else part
+            for leaf, part in enumerate(parts)
+        ]
         return pytree.tree_unflatten(leaves, form)
+
+    def _tensor(self, place: tuple[int, int], shape: _Shape) -> Tensor:
+        at = self.replay.at
+        place = at.same.get(place, place)
+        if place not in self.given:
+            needed = place[1] in at.needed.get(place[0], ())
+            value = self.loaded[f"{place[0]}.{place[1]}"] if needed else shape.stand_in()
+            self.given[place] = value.clone() if place in at.changed else value
+        return self.given[place]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from slimkern.calibration.batches import Batch, real_rows, spread_over
 from slimkern.calibration.moments import Moments
+from slimkern.calibration.record import record, sample
 from slimkern.calibration.replay import Replay, Seen
-from slimkern.calibration.script import Script, record, sample
+from slimkern.calibration.script import Script
 from slimkern.calibration.store import Store
 from slimkern.discovery.groups import Group, Member
 
@@ -136,7 +137,7 @@ class Walk:
         with torch.no_grad():
             for index in self.every:
                 x = self.store.get(("x", index))["x"]
-                self._slim.output(site.name, index, linear(x))
+                self._slim.output(site.name, index, linear.forward(x))  # its hooks run later
                 self.store.drop(("x", index))
                 self.store.drop(("target", index))
 
