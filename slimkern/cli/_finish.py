@@ -123,7 +123,8 @@ def complete(
         results["one_shot"] = _one_shot(run, main, results, scores.get("before healing", []))
     if run.settings.family:
         results["family"] = _family(run, everything, scores)
-    _close(run, results, [*described.get("notes", ()), checked])
+    cut_notes = main.told()["notes"] if asked is not None else []
+    _close(run, results, [*described.get("notes", ()), *cut_notes, checked])
     return results
 
 
