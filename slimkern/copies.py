@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -33,15 +31,3 @@ def own_(small: nn.Module, model: nn.Module) -> nn.Module:
                     fresh[id(tensor)] = copy.deepcopy(tensor)
                 tensors[name] = fresh[id(tensor)]  # type: ignore[assignment]
     return small
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[dict[str, bool]]:
-    """For the time of a ``with``: evaluation mode. Yields the modes that modules had, by name."""
-    modes = {name: module.training for name, module in model.named_modules()}
-    try:
-        model.eval()
-        yield modes
-    finally:
-        for name, module in model.named_modules():
-            module.training = modes[name]

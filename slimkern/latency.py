@@ -7,7 +7,6 @@ what they will be.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkern import latency_cache, timing
+from slimkern.copies import sharing_copy
 from slimkern.costs import Costs
 from slimkern.discovery.groups import Group
 from slimkern.plan import PlanEntry, SlimPlan
@@ -185,13 +185,11 @@ def _measure(
 
 def _slimmed(model: nn.Module, groups: tuple[Group, ...], width: int) -> nn.Module:
     """A copy with these groups at ``width``; what is not cut is the model's own tensors."""
-    own = [*model.parameters(), *model.buffers()]
-    small = copy.deepcopy(model, {id(t): t for t in own})
     entries = []
     for group in groups:
         order = torch.randperm(group.num_units, generator=torch.Generator().manual_seed(0))
         entries.append(PlanEntry(group, tuple(sorted(order[:width].tolist()))))
-    return slim_(small, SlimPlan(tuple(entries)))
+    return slim_(sharing_copy(model), SlimPlan(tuple(entries)))
 
 
 def _costs(

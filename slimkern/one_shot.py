@@ -19,8 +19,9 @@ from slimkern.calibration.batches import read_batches
 from slimkern.calibration.ranking import mask_fisher
 from slimkern.calibration.store import Store
 from slimkern.calibration.walk import Progress, Walk
+from slimkern.calibration.watch import evaluating
 from slimkern.config import PruningRule
-from slimkern.copies import evaluated, own_, sharing_copy
+from slimkern.copies import own_, sharing_copy
 from slimkern.cuts import uncompiled
 from slimkern.discovery import discover
 from slimkern.discovery.groups import Group
@@ -211,7 +212,7 @@ class _Road:
             for group in targets(self.model, self.found, rule)[0]:
                 chosen.append(group)
                 widths[group.name] = kept_units(group.num_units, sparsity, multiple)
-        with evaluated(self.model) as modes, self._store() as store:
+        with evaluating(self.model) as modes, self._store() as store:
             return self._slimmed(chosen, widths, None, store=store, modes=modes)
 
     def under(self, budget: Budget) -> list[OneShot]:
@@ -228,7 +229,7 @@ class _Road:
         spend = Allocation(
             self.model, chosen, budget, options.latency_shape, options.round_multiplier
         )
-        with evaluated(self.model) as modes, self._store() as store:
+        with evaluating(self.model) as modes, self._store() as store:
             spend.count(self.batches[0], options.threads, options.latency_cache, self.progress)
             spend.observe(self._walk(chosen, store), self.method, self.progress)
             return [

@@ -45,13 +45,16 @@ def _hook(name: str, see: See) -> Callable[..., Any]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """For the time of a ``with``: no dropout, no gradients; every module's mode comes back."""
-    modes = {module: module.training for module in model.modules()}
+def evaluating(model: nn.Module) -> Iterator[dict[str, bool]]:
+    """For the time of a ``with``: no dropout, no gradients; every module's mode comes back.
+
+    Yields the modes, by the names of the modules.
+    """
+    modes = {name: module.training for name, module in model.named_modules()}
     try:
         model.eval()
         with torch.no_grad():
-            yield
+            yield modes
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for name, module in model.named_modules():
+            module.training = modes[name]
