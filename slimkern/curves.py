@@ -19,7 +19,6 @@ from slimkern.calibration.walk import DenseWalk, Progress, Site, Walk
 from slimkern.copies import sharing_copy
 from slimkern.cuts import linear_of
 from slimkern.discovery.groups import Group
-from slimkern.discovery.inputs import tensors_in
 from slimkern.layerwise import Method, columns, obs_layer, solved
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.surgery import repair_, slim_
@@ -101,22 +100,18 @@ class _Outputs:
     def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
         self.batches = batches
         self.dense = [self._of(model, batch) for batch in batches]
-        rows = torch.cat(self.dense)
-        self.energy = float((rows - rows.mean(0)).square().sum())
+        count = sum(len(rows) for rows in self.dense)
+        mean = sum(rows.sum(0, dtype=torch.float64) for rows in self.dense) / count
+        self.energy = sum(float((rows - mean).square().sum()) for rows in self.dense)
 
     @torch.no_grad()
     def change(self, model: nn.Module) -> float:
         """``‖out - dense out‖²`` relative to the variance of the dense outputs."""
         off = 0.0
         for batch, before in zip(self.batches, self.dense):
-            off += float((self._of(model, batch) - before).square().sum())
+            off += float((self._of(model, batch).double() - before).square().sum())
         return off / self.energy if self.energy > 0 else off
 
     @torch.no_grad()
     def _of(self, model: nn.Module, batch: Batch) -> Tensor:
-        found = (t for t in tensors_in(batch.call(model)) if t.is_floating_point())
-        first = next(found, None)
-        if first is None:
-            raise ValueError("the model's outputs hold no floating-point tensor")
-        rows = batch.real(first) if first.dim() > 1 else first[:, None]
-        return rows.double()
+        return batch.real_outputs(batch.call(model))

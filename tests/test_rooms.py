@@ -134,7 +134,6 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.calibration.moments",
             "slimkern.calibration.watch",
             "slimkern.criteria",
-            "slimkern.discovery.inputs",
             *DATA,
         },
     ),

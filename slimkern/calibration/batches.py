@@ -47,6 +47,20 @@ class Batch:
             return activations[self.mask.to(activations.device)]
         return activations.flatten(0, -2)
 
+    def real_outputs(self, outputs: Any) -> Tensor:
+        """What a model makes of real tokens, ``[T, n]``: the first tensor of floating-point numbers
+        in its outputs. ``[B, S, n]``, ``[B, S]`` with one number per token, or ``[B, n]``.
+
+        Raises:
+            ValueError: there is none.
+        """
+        first = next((t for t in tensors_in(outputs) if t.is_floating_point()), None)
+        if first is None:
+            raise ValueError("the model's outputs hold no floating-point tensor")
+        if first.dim() < 2 or (self.mask is not None and first.shape == self.mask.shape):
+            first = first.unsqueeze(-1)
+        return self.real(first)
+
     @property
     def tokens(self) -> int:
         """Real tokens of the batch; where no mask tells, entries of its first tensor but the last

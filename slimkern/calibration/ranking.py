@@ -27,7 +27,6 @@ from slimkern.calibration.moments import Moments
 from slimkern.calibration.watch import watched
 from slimkern.criteria import differentiable
 from slimkern.discovery.groups import Group, Member
-from slimkern.discovery.inputs import tensors_in
 
 STATISTICS = ("magnitude", "activation", "fluctuation")  # what unit_scores knows
 Loss = Callable[[Any, Batch], Tensor]
@@ -185,12 +184,6 @@ def _check(value: Any, seen: dict[str, list[Tensor]]) -> None:
 
 def _signed(outputs: Any, batch: Batch, generator: torch.Generator) -> Tensor:
     """The first floating-point output, real tokens only, summed with random signs."""
-    first = next((t for t in tensors_in(outputs) if t.is_floating_point()), None)
-    if first is None:
-        raise ValueError("the outputs hold no floating-point tensor; give loss=")
-    if batch.mask is not None and first.shape == batch.mask.shape:  # one number per token
-        first = first[batch.mask.to(first.device)]
-    elif first.dim() > 1:
-        first = batch.real(first)
-    signs = torch.randint(0, 2, first.shape, generator=generator) * 2 - 1
-    return (first * signs.to(first.device, first.dtype)).sum()
+    rows = batch.real_outputs(outputs)
+    signs = torch.randint(0, 2, rows.shape, generator=generator) * 2 - 1
+    return (rows * signs.to(rows.device, rows.dtype)).sum()
