@@ -6,9 +6,16 @@ import tempfile
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+
+class _File(NamedTuple):
+    path: Path
+    device: str
+    orders: dict[str, list[int]]  # dimensions of each tensor, the one of the largest stride first
 
 
 class Store:
@@ -22,7 +29,7 @@ class Store:
         self.memory = memory
         self.held = 0  # bytes in memory
         self._tensors: dict[Hashable, dict[str, Tensor]] = {}
-        self._files: dict[Hashable, tuple[Path, str]] = {}
+        self._files: dict[Hashable, _File] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._written = 0
 
@@ -52,27 +59,44 @@ class Store:
             self._folder = tempfile.TemporaryDirectory(prefix="slimkern-")
         self._written += 1
         path = Path(self._folder.name) / f"{self._written}.safetensors"
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path)
+        orders = {name: _order(tensor) for name, tensor in tensors.items()}
+        parts = {n: t.detach().permute(orders[n]).contiguous().cpu() for n, t in tensors.items()}
+        # Copies, as a file holds no two tensors that lie in the same memory.
+        save_file({name: tensor.clone() for name, tensor in parts.items()}, path)
         device = str(next(iter(tensors.values())).device) if tensors else "cpu"
-        self._files[key] = path, device
+        self._files[key] = _File(path, device, orders)
 
     def get(self, key: Hashable) -> dict[str, Tensor]:
-        """What was put under ``key``, on the device that it was on.
+        """What was put under ``key``, on the device that it was on, its dimensions in the order in
+        memory that they had: what is computed from it rounds alike.
 
         Raises:
             KeyError: nothing was.
         """
         if key in self._tensors:
             return dict(self._tensors[key])
-        path, device = self._files[key]
-        return load_file(path, device=device)
+        file = self._files[key]
+        found = load_file(file.path, device=file.device)
+        # Copies, as a mapped file lies at odd addresses, for which matrix products round otherwise.
+        return {
+            name: tensor.clone().permute(_inverse(file.orders[name]))
+            for name, tensor in found.items()
+        }
 
     def drop(self, key: Hashable) -> None:
         """Forget what is under ``key``, if anything is."""
         if key in self._tensors:
             self.held -= _bytes(self._tensors.pop(key))
         elif key in self._files:
-            self._files.pop(key)[0].unlink()
+            self._files.pop(key).path.unlink()
+
+
+def _order(tensor: Tensor) -> list[int]:
+    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
