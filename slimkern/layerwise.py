@@ -13,7 +13,7 @@ from slimkern.calibration.obs import Layer, Removal, remove
 from slimkern.calibration.ranking import unit_scores
 from slimkern.calibration.solve import Solution, as_it_was, least_squares
 from slimkern.calibration.walk import DenseWalk, Progress, Site, Walk
-from slimkern.cuts import linear_of
+from slimkern.cuts import linear_of, spread
 from slimkern.discovery.groups import Group
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.surgery import repair_, slim_
@@ -151,6 +151,9 @@ class Layerwise:
         self._note_few(group, parts[0][0])
         self.keep[group.name] = self._chosen(group, width, parts)
         slim_(self.walk.slim, SlimPlan((PlanEntry(group, self.keep[group.name]),)))
+        for member in group.producers:
+            rows = spread(torch.tensor(self.keep[group.name]), member.unit_size)
+            self.walk.narrow(member.name, rows)
 
     def _chosen(
         self, group: Group, width: int, parts: list[tuple[Moments, Tensor, Site]]
@@ -174,11 +177,20 @@ class Layerwise:
         return remove(layers, levels, damping=self.method.damping, chunk=self.method.chunk)
 
     def _repair(self, site: Site, moments: Moments) -> None:
+        if self._untouched(site.group):
+            self.errors.setdefault(site.group.name, []).append(0.0)
+            return
         linear = linear_of(self.walk.slim, site.member)
         solution = solved(moments, linear, self.method)
         if self.method.repair != "none":
             repair_(self.walk.slim, site.name, solution.weight, solution.bias)
         self.errors.setdefault(site.group.name, []).append(solution.error)
+
+    def _untouched(self, group: Group) -> bool:
+        """Whether a layer computes what the dense one does: neither it nor one before it is cut."""
+        units = {site.group.name: site.group.num_units for site in self.walk.sites}
+        seen = self.keep if self.method.sequential else {group.name}
+        return all(len(self.keep[name]) == units[name] for name in seen)
 
     def _weight(self, site: Site) -> Tensor:
         return self.walk.slim.get_parameter(f"{site.name}.weight").detach().double()
@@ -211,5 +223,4 @@ def solved(moments: Moments, linear: nn.Linear, method: Method) -> Solution:
 
 def columns(site: Site, keep: tuple[int, ...]) -> Tensor:
     """The input columns of a site's linear that belong to kept units."""
-    size = site.member.unit_size
-    return (torch.tensor(keep)[:, None] * size + torch.arange(size)).flatten()
+    return spread(torch.tensor(keep), site.member.unit_size)

@@ -53,8 +53,14 @@ class Seen:
 
     @property
     def target(self) -> Tensor:
-        """The sum that the layer leaves in the residual stream, or ``y`` where there is none."""
-        return self.y if self.residual is None else self.y + self.residual
+        """The sum that the layer leaves in the residual stream, or ``y`` where there is none.
+
+        Of half-precision terms in fp32: the sum's own rounding is large against ``y``.
+        """
+        if self.residual is None:
+            return self.y
+        wide = torch.promote_types(self.y.dtype, torch.float32)
+        return self.y.to(wide) + self.residual.to(wide)
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,24 @@ class Replay:
         for key in [k for k in state if k.startswith(f"{call}.")]:
             state[key] = y
         self.store.put((self.tag, index), state)
+
+    def narrow(self, name: str, indices: list[int], rows: Tensor) -> None:
+        """Of what the linear ``name``, finished just now, returned: these outputs alone.
+
+        Raises:
+            ValueError: it was not stored as such.
+        """
+        call = self.at.done.get((name, 0), -1)
+        for index in indices:
+            state = self.store.get((self.tag, index))
+            if f"{call}.0" not in state:
+                raise ValueError(
+                    f"{name!r} is the second linear of one group and the first of another, with a "
+                    f"third in between: leave one out with excluded_op_names"
+                )
+            y = state[f"{call}.0"]
+            state[f"{call}.0"] = y.index_select(-1, rows.to(y.device))
+            self.store.put((self.tag, index), state)
 
 
 class _Run:

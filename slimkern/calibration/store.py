@@ -92,7 +92,7 @@ class Store:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride()[dim])
 
 
 def _inverse(order: list[int]) -> list[int]:

@@ -90,6 +90,7 @@ class Walk:
         self.sites = sorted(sites, key=lambda s: self.script.position(s.name))
         self._dense = Replay(dense, self.script, batches, store, "dense")
         self._slim = Replay(slim, self.script, batches, store, "slim")
+        self._left: set[str] = set()
 
     def aim(self, site: Site) -> None:
         """Bring the dense model to ``site`` on all batches, and store what is aimed at."""
@@ -134,12 +135,21 @@ class Walk:
     def leave(self, site: Site) -> None:
         """Compute the linear of ``site``, whose weights are final now, on all batches."""
         linear = self.slim.get_submodule(site.name)
+        self._left.add(site.name)
         with torch.no_grad():
             for index in self.every:
                 x = self.store.get(("x", index))["x"]
                 self._slim.output(site.name, index, linear.forward(x))  # its hooks run later
                 self.store.drop(("x", index))
                 self.store.drop(("target", index))
+
+    def narrow(self, name: str, rows: Tensor) -> None:
+        """A linear keeps these rows: what is stored of its outputs follows, if it has been left.
+
+        In a plain stack of linears each is the second of one group and the first of the next.
+        """
+        if name in self._left:
+            self._slim.narrow(name, self.every, rows)
 
     def add(self, moments: Moments, index: int, name: str, x: Tensor, y: Tensor) -> None:
         """Let a batch's real tokens enter; what is not finite is refused."""
@@ -169,6 +179,8 @@ class DenseWalk:
         moments = Moments(weight.shape[1], weight.shape[0], weight.device)
 
         def look(index: int, seen: Seen) -> None:
+            if index == self.walk.recorded:
+                _check_resumed(self.walk.script, site.name, seen.x)
             self.walk.add(moments, index, site.name, seen.x, seen.y)
 
         self._replay.to(site.name, self.indices, look)
