@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Allocation:
         self.costs = Costs("", 0.0, {})
         self.call: Call | None = None  # the forward that seconds are of
         self.threads: int | None = None
+        self.added = 0  # parameters of new biases
         self.curves: Mapping[str, Curve] = {}
 
     def count(
@@ -138,6 +139,9 @@ class Allocation:
 
     def observe(self, walk: Walk, method: Method, progress: Progress) -> None:
         """Measure what every width loses."""
+        if method.add_bias and method.repair != "none" and self.budget.kind == "params":
+            linears = [self.model.get_submodule(site.name) for site in walk.sites]
+            self.added = sum(len(m.get_parameter("weight")) for m in linears if m.bias is None)
         self.curves = error_curves(walk, self.model, self.levels, method, progress)
 
     def widths(self, value: float) -> tuple[dict[str, int], Prediction]:
@@ -148,7 +152,7 @@ class Allocation:
         """
         full = {g.name: g.num_units for g in self.groups}
         dense = self.costs.total(full)
-        limit = dense / value if self.budget.kind == "speedup" else float(value)
+        limit = dense / value if self.budget.kind == "speedup" else float(value) - self.added
         choices = []
         for group in self.groups:
             kept = self.levels[group.name]
@@ -159,12 +163,12 @@ class Allocation:
         if limit < smallest:
             raise ValueError(
                 f"target_{self.budget.kind}={value:g} can't be met: the dense model takes "
-                f"{dense:.6g} {self.costs.unit} and the smallest one {smallest:.6g} "
-                f"({dense / smallest:.2f} times less)"
+                f"{dense:.6g} {self.costs.unit} and the smallest one {smallest + self.added:.6g} "
+                f"({dense / (smallest + self.added):.2f} times less)"
             )
         if self.call is None:
             widths = allocate(choices, limit - self.costs.fixed)
-            predicted = self.costs.total(widths)
+            predicted = self.costs.total(widths) + self.added
         else:
             widths, predicted = self._corrected(choices, limit, dense, self.call)
         shape = None if self.budget.kind == "params" else self.shape
@@ -225,14 +229,8 @@ def forward_of(
 
     args = tuple(sized("", value) for value in example.inputs.args)
     kwargs = {name: sized(name, value) for name, value in example.inputs.kwargs.items()}
-
-    def call(model: nn.Module) -> Callable[[], object]:
-        device = next(model.parameters()).device
-        here = [v.to(device) if isinstance(v, Tensor) else v for v in args]
-        named = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        return lambda: model(*here, **named)
-
-    return call
+    args, kwargs = replace(example.inputs, args=args, kwargs=kwargs).materialize(None)
+    return lambda model: lambda: model(*args, **kwargs)
 
 
 def _repeated(tensor: Tensor, dim: int, size: int) -> Tensor:

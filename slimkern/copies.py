@@ -19,7 +19,10 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def own_(small: nn.Module, model: nn.Module) -> nn.Module:
-    """Give a copy tensors of its own where it still shares those of ``model``; ties stay ties."""
+    """Give a copy tensors of its own where it still shares those of ``model``; ties stay ties.
+
+    It has no gradients, which were the model's.
+    """
     shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     fresh: dict[int, torch.Tensor] = {}
     for module in small.modules():
@@ -30,4 +33,5 @@ def own_(small: nn.Module, model: nn.Module) -> nn.Module:
                 if id(tensor) not in fresh:
                     fresh[id(tensor)] = copy.deepcopy(tensor)
                 tensors[name] = fresh[id(tensor)]  # type: ignore[assignment]
+    small.zero_grad(set_to_none=True)
     return small

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimkern.allocation import Allocation, Budget, Prediction
 from slimkern.calibration.batches import read_batches
@@ -30,7 +30,7 @@ from slimkern.masks import is_masked
 from slimkern.plan import SlimPlan
 from slimkern.selection import kept_units
 from slimkern.surgery import note_errors_
-from slimkern.targets import targets
+from slimkern.targets import matching, targets
 
 _MEMORY = 256 * 2**20
 _PATTERNS = {"ffn": "channelx1", "mha": "mha"}
@@ -125,8 +125,11 @@ def one_shot_family(
     Raises:
         ValueError, TypeError: as :func:`one_shot`.
     """
-    if not target_speedup:
-        raise ValueError("target_speedup is empty; give at least one, for example (1.5, 2, 3)")
+    if isinstance(target_speedup, (int, float)) or not len(target_speedup):
+        raise ValueError(
+            f"target_speedup must be a sequence of at least one number, for example (1.5, 2, 3), "
+            f"got {target_speedup!r}"
+        )
     return _Road(model, batches, Options(**options)).under(Budget("speedup", tuple(target_speedup)))
 
 
@@ -199,6 +202,8 @@ class _Road:
             batch_size=options.batch_size,
         )
         self.found = discover(self.model, self.batches[0].example)
+        self.notes: list[str] = []
+        self.scores: dict[str, Tensor] | None = None  # of the criterion fisher
 
     def even(self, sparsities: dict[str, float]) -> OneShot:
         """The same fraction goes from every layer."""
@@ -209,22 +214,27 @@ class _Road:
             if not rule.target_sparsity:
                 continue
             multiple = self.options.round_multiplier if kind == "ffn" else 1
-            for group in targets(self.model, self.found, rule)[0]:
+            groups, notes = targets(self.model, self.found, rule)
+            self.notes += notes
+            for group in groups:
                 chosen.append(group)
                 widths[group.name] = kept_units(group.num_units, sparsity, multiple)
+                if widths[group.name] == group.num_units:
+                    self.notes.append(
+                        f"{group.name}: rounding up to a multiple of {multiple} cancels the cut"
+                    )
         with evaluating(self.model) as modes, self._store() as store:
             return self._slimmed(chosen, widths, None, store=store, modes=modes)
 
     def under(self, budget: Budget) -> list[OneShot]:
         """Each layer gets the width that serves the whole model best."""
-        kinds = {g.kind for g in self.found.groups if not g.is_head}
-        chosen = [
-            group
-            for kind in sorted(kinds)
-            for group in targets(self.model, self.found, self._rule(kind, 0.5))[0]
-        ]
+        rules = [self._rule(kind, 0.5) for kind in _PATTERNS]
+        chosen: list[Group] = []
+        for rule in rules:
+            groups, self.notes = matching(self.model, self.found, rule)
+            chosen += groups
         if not chosen:
-            targets(self.model, self.found, self._rule("ffn", 0.5))  # raises, and says why
+            targets(self.model, self.found, rules[0])  # raises, and says why
         options = self.options
         spend = Allocation(
             self.model, chosen, budget, options.latency_shape, options.round_multiplier
@@ -274,13 +284,13 @@ class _Road:
         modes: dict[str, bool],
     ) -> OneShot:
         """One slim model; the time since the last one, or since the start, is its own."""
-        scores = None
-        if self.method.criterion == "fisher":
-            scores = mask_fisher(
+        if self.method.criterion == "fisher" and self.scores is None:
+            self.scores = mask_fisher(
                 self.model, groups, self.batches, self.options.loss, progress=self.progress
             )
         walk = self._walk(groups, store)
-        plan = Layerwise(walk, widths, self.method, scores, self.progress).run()
+        plan = Layerwise(walk, widths, self.method, self.scores, self.progress).run()
+        plan = SlimPlan(plan.entries, tuple(dict.fromkeys((*self.notes, *plan.notes))))
         small = note_errors_(own_(walk.slim, self.model), plan)
         for name, module in small.named_modules():
             module.training = modes[name]

@@ -203,11 +203,16 @@ def repair_(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None = N
 
 
 def note_errors_(model: nn.Module, plan: SlimPlan) -> nn.Module:
-    """Write the errors of a plan's groups into the plan that ``slim_`` left on the model."""
-    errors = {e.group.name: e.error for e in plan}
-    told: SlimPlan = vars(model).get("slim_plan", SlimPlan(()))
-    entries = [replace(e, error=errors.get(e.group.name, e.error)) for e in told]
-    model.slim_plan = SlimPlan(tuple(entries), told.notes)  # type: ignore[assignment]
+    """Write the errors of a plan's groups, and its notes, into the plans that ``slim_`` left on the
+    model and on the models inside."""
+    for name, module in model.named_modules():
+        told: SlimPlan | None = vars(module).get("slim_plan")
+        if told is None:
+            continue
+        errors = {e.group.name: e.error for e in inside(plan, name)}
+        entries = [replace(e, error=errors.get(e.group.name, e.error)) for e in told]
+        notes = told.notes + (plan.notes if module is model else ())
+        module.slim_plan = SlimPlan(tuple(entries), notes)
     return model
 
 

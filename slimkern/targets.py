@@ -18,7 +18,24 @@ _SHOWN = 12  # refusals in an error message
 def targets(
     model: nn.Module, found: Discovery, rule: PruningRule
 ) -> tuple[tuple[Group, ...], list[str]]:
-    """The groups that a rule prunes, and notes; a rule or an entry without a target raises."""
+    """As :func:`matching`; a rule that means no group raises."""
+    chosen, notes = matching(model, found, rule)
+    if not chosen:
+        kind = _KIND[rule.pattern]
+        asked = f" that op_names={list(rule.op_names)} selects" if rule.op_names else ""
+        excluded = rule.excluded_op_names
+        less = f", excluded_op_names={list(excluded)} left out" if excluded else ""
+        raise ValueError(
+            f"pattern {rule.pattern!r}: no {_WHAT[kind]}{asked}{less} in this "
+            f"{described(model)}\n{reasons(found)}"
+        )
+    return chosen, notes
+
+
+def matching(
+    model: nn.Module, found: Discovery, rule: PruningRule
+) -> tuple[tuple[Group, ...], list[str]]:
+    """The groups that a rule means, and a note on every exclusion that excludes nothing."""
     kind = _KIND[rule.pattern]
     modules = {n for n, _ in model.named_modules()}
     fitting = [g for g in found.groups if g.kind == kind and _is_type(model, g, rule)]
@@ -31,13 +48,6 @@ def targets(
             notes.append(f"excluded_op_names: {entry!r} is the name of no module")
     excluded = rule.excluded_op_names
     chosen = [g for g in chosen if not _hits(excluded, _all_names(g), modules)]
-    if not chosen:
-        asked = f" that op_names={list(rule.op_names)} selects" if rule.op_names else ""
-        less = f", excluded_op_names={list(excluded)} left out" if excluded else ""
-        raise ValueError(
-            f"pattern {rule.pattern!r}: no {_WHAT[kind]}{asked}{less} in this "
-            f"{described(model)}\n{reasons(found)}"
-        )
     return tuple(chosen), notes
 
 

@@ -165,6 +165,10 @@ def _tokenized(
 
 def _batch(model: nn.Module, raw: Any) -> Batch:
     wanted = without_extras(model, dict(raw) if isinstance(raw, Mapping) else raw)
+    if isinstance(raw, (list, tuple)) and any(isinstance(item, str) for item in raw):
+        raise TypeError(
+            "batches holds lists of texts: give the texts themselves, one after another"
+        )
     inputs = prepare(model, wanted)
     mask = raw.get(_MASK) if isinstance(raw, Mapping) else None
     if isinstance(mask, Tensor) and mask.dim() == 2:

@@ -142,7 +142,3 @@ class Moments:
     def second_cross(self) -> Tensor:
         """``mean(x yᵀ)``, about zero instead of the means, ``[n, m]`` in fp64."""
         return self.cross() + torch.outer(self.mean_x, self.mean_y)
-
-    def second_y(self) -> float:
-        """``mean(‖y‖²)``, about zero instead of the mean."""
-        return self.variance_y() + float(self.mean_y.square().sum())

@@ -26,8 +26,8 @@ class Solution:
     Attributes:
         weight: ``[m, kept]``, fp64.
         bias: ``[m]``, fp64; ``None`` where none was solved for.
-        error: the fraction of the target's variance (of its energy about zero, without a bias) that
-            is missed on the data it was solved on; 0 where the target does not vary.
+        error: what is missed on the data it was solved on, ``mean(‖W x + b - y‖²)``, as a fraction
+            of the target's variance; 0 where the target does not vary.
     """
 
     weight: Tensor
@@ -52,13 +52,9 @@ def least_squares(
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge}")
-    hessian, cross, energy = _problem(moments, bias)
-    solved = _solve(hessian, cross, weight.double(), ridge)
-    return Solution(
-        solved,
-        moments.mean_y - solved @ moments.mean_x if bias else None,
-        missed(solved, hessian, cross, energy),
-    )
+    solved = _solve(*_problem(moments, bias), weight.double(), ridge)
+    fitted = _offset(moments, solved) if bias else None
+    return Solution(solved, fitted, _missed(moments, solved, fitted))
 
 
 @torch.no_grad()
@@ -69,24 +65,24 @@ def as_it_was(moments: Moments, weight: Tensor, old_bias: Tensor | None, *, bias
     """
     weight = weight.double()
     if bias:
-        hessian, cross, energy = _problem(moments, True)
-        fitted = moments.mean_y - weight @ moments.mean_x
-        return Solution(weight, fitted, missed(weight, hessian, cross, energy))
-    hessian, cross, energy = _problem(moments, True)
-    old = weight.new_zeros(len(weight)) if old_bias is None else old_bias.double()
-    off = moments.mean_y - weight @ moments.mean_x - old
-    extra = float(off.square().sum()) / energy if energy > 0 else 0.0
-    return Solution(weight, None, missed(weight, hessian, cross, energy) + extra)
+        fitted = _offset(moments, weight)
+        return Solution(weight, fitted, _missed(moments, weight, fitted))
+    return Solution(weight, None, _missed(moments, weight, old_bias))
 
 
-def _problem(moments: Moments, bias: bool) -> tuple[Tensor, Tensor, float]:
-    """Second moment of the inputs, inputs times targets, energy of the targets."""
+def _offset(moments: Moments, weight: Tensor) -> Tensor:
+    """The bias with which the means fit."""
+    return moments.mean_y - weight @ moments.mean_x
+
+
+def _problem(moments: Moments, bias: bool) -> tuple[Tensor, Tensor]:
+    """Second moment of the inputs, and inputs times targets."""
     if not moments.tokens:
         raise ValueError("no token was seen: there is nothing to solve from")
     if bias:
-        found = moments.covariance(), moments.cross(), moments.variance_y()
+        found = moments.covariance(), moments.cross()
     else:
-        found = moments.second(), moments.second_cross(), moments.second_y()
+        found = moments.second(), moments.second_cross()
     if not (found[0].isfinite().all() and found[1].isfinite().all()):
         raise ValueError("inputs or targets are not finite")
     return found
@@ -100,9 +96,13 @@ def _solve(hessian: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tens
     return weight + torch.cholesky_solve(wanted, torch.linalg.cholesky(damped)).T
 
 
-def missed(weight: Tensor, hessian: Tensor, cross: Tensor, energy: float) -> float:
-    """``mean(‖W x - y‖²) / energy``, from the moments; at least 0."""
+def _missed(moments: Moments, weight: Tensor, bias: Tensor | None) -> float:
+    """``mean(‖W x + b - y‖²)`` as a fraction of the target's variance, from the moments."""
+    hessian, cross = _problem(moments, True)
+    energy = moments.variance_y()
     if not energy > 0:
         return 0.0
     explained = 2 * (weight * cross.T).sum() - ((weight @ hessian) * weight).sum()
-    return max(0.0, 1 - float(explained) / energy)
+    off = _offset(moments, weight)
+    off = off if bias is None else off - bias.double()
+    return max(0.0, 1 - float(explained) / energy) + float(off.square().sum()) / energy
