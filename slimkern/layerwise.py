@@ -160,7 +160,8 @@ class Layerwise:
     ) -> tuple[int, ...]:
         """The units that stay, sorted."""
         if self.method.criterion == "obs":
-            layers = [obs_layer(m, w, s) for m, w, s in parts]
+            # The sums are of no further use, and the largest thing in memory.
+            layers = [Layer(w, m.into_covariance(), s.member.unit_size) for m, w, s in parts]
             return self._removal(layers, [width]).keep(group.num_units, width)
         if self.method.criterion == "fisher":
             scores = self.scores[group.name]

@@ -36,7 +36,8 @@ def test_defaults_follow_the_length():
     assert long.weights(RegressionTask()) == RegressionTask.default_weights  # has no task loss
     assert long.weights(ClassificationTask(["a", "b"])).task == 0.5
     assert not short.dropout
-    assert short.averaging() is None
+    assert short.averaging().decay == 0.998
+    assert HealingSettings(average=None).averaging() is None
     assert HealingSettings(average=0.9).averaging().decay == 0.9
     with pytest.raises(ValueError, match="epochs is 0"):
         HealingSettings.for_epochs(0)

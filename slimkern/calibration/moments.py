@@ -116,13 +116,18 @@ class Moments:
 
     def _whole(self) -> Tensor:
         """``_xx`` with its lower half, of which only blocks are summed up, made from the upper."""
-        return torch.triu(self._xx) + torch.triu(self._xx, 1).T
+        return _mirrored(self._xx.clone())
 
     def covariance(self) -> Tensor:
         """``mean((x - mean_x)(x - mean_x)ᵀ)``, ``[n, n]`` in fp64."""
-        total = self._whole()
         count = max(1, self.tokens)
-        return (total - torch.outer(self._x, self._x) / count) / count
+        return self._whole().addr_(self._x, self._x, alpha=-1 / count).div_(count)
+
+    def into_covariance(self) -> Tensor:
+        """As :meth:`covariance`, in the memory of the sums: nothing else can be asked after it."""
+        count = max(1, self.tokens)
+        total, self._xx = _mirrored(self._xx), self._xx[:0]
+        return total.addr_(self._x, self._x, alpha=-1 / count).div_(count)
 
     def cross(self) -> Tensor:
         """``mean((x - mean_x)(y - mean_y)ᵀ)``, ``[n, m]`` in fp64."""
@@ -142,3 +147,13 @@ class Moments:
     def second_cross(self) -> Tensor:
         """``mean(x yᵀ)``, about zero instead of the means, ``[n, m]`` in fp64."""
         return self.cross() + torch.outer(self.mean_x, self.mean_y)
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """Fill what lies below the diagonal with what lies above it, in place, block by block."""
+    for start in range(0, len(total), _PANEL):
+        stop = min(start + _PANEL, len(total))
+        total[start:stop, :start] = total[:start, start:stop].T
+        block = total[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+    return total

@@ -132,7 +132,9 @@ class _State:
         mean = float(hessian.diagonal().mean())
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        self.base = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        torch.linalg.cholesky(damped, out=damped)
+        self.base = torch.cholesky_inverse(damped)
+        del damped
         self.diagonal = self.base.diagonal().clone()  # of the inverse itself
         self.pending = self.base.new_empty(0, len(self.base))  # P
         # Where each live unit stands in weight and inverse.
