@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from slimkern.discovery.inputs import Inputs, prepare, tensors_in, without_extras
 
-_MASK = "attention_mask"
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -170,10 +168,18 @@ def _batch(model: nn.Module, raw: Any) -> Batch:
             "batches holds lists of texts: give the texts themselves, one after another"
         )
     inputs = prepare(model, wanted)
-    mask = raw.get(_MASK) if isinstance(raw, Mapping) else None
+    return Batch(inputs, _real_tokens(raw) if isinstance(raw, Mapping) else None)
+
+
+def _real_tokens(raw: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens are no padding, as the masks of transformers and of torch's encoder say it."""
+    mask, padding = raw.get("attention_mask"), raw.get("src_key_padding_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        return Batch(inputs, mask.bool())
-    return Batch(inputs, None)
+        added = mask.dtype.is_floating_point and bool((mask < 0).any())  # 0 and -inf, not 1 and 0
+        return mask == 0 if added else mask != 0
+    if isinstance(padding, Tensor) and padding.dim() == 2:
+        return padding == 0  # True, or -inf: padding
+    return None
 
 
 def spread_over(batches: Sequence[Batch], tokens: int) -> list[int]:

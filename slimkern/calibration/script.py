@@ -136,9 +136,9 @@ class Script:
 
     def _check_apart(self, op: Op, done: dict[int, Call], name: str) -> None:
         """Tensors that share memory come back from the store apart."""
-        kept = {place[0] for t in op.changes for place in self._places(t, done)[:1]}
+        kept = {place for t in op.changes for place in self._places(t, done)[:1]}
         if len(kept) > 1:
-            names = ", ".join(repr(self.calls[i].name) for i in sorted(kept))
+            names = ", ".join(repr(self.calls[i].name) for i in sorted({call for call, _ in kept}))
             raise ValueError(
                 f"the forward can't be resumed after {name!r}: {names} returned tensors that share "
                 f"memory, and they are changed in place later"
