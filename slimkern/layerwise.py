@@ -160,8 +160,7 @@ class Layerwise:
     ) -> tuple[int, ...]:
         """The units that stay, sorted."""
         if self.method.criterion == "obs":
-            # The sums are of no further use, and the largest thing in memory.
-            layers = [Layer(w, m.into_covariance(), s.member.unit_size) for m, w, s in parts]
+            layers = [obs_layer(m, w, s, spent=self.method.sequential) for m, w, s in parts]
             return self._removal(layers, [width]).keep(group.num_units, width)
         if self.method.criterion == "fisher":
             scores = self.scores[group.name]
@@ -205,9 +204,13 @@ class Layerwise:
             )
 
 
-def obs_layer(moments: Moments, weight: Tensor, site: Site) -> Layer:
-    """What structured OBS reads of a layer: about the mean, as its bias can make up for means."""
-    return Layer(weight, moments.covariance(), site.member.unit_size)
+def obs_layer(moments: Moments, weight: Tensor, site: Site, *, spent: bool = False) -> Layer:
+    """What structured OBS reads of a layer: about the mean, as its bias can make up for means.
+
+    Where the moments are ``spent`` with it, their memory, the largest thing there is, serves.
+    """
+    hessian = moments.into_covariance() if spent else moments.covariance()
+    return Layer(weight, hessian, site.member.unit_size)
 
 
 def solved(moments: Moments, linear: nn.Linear, method: Method) -> Solution:
