@@ -18,6 +18,8 @@ from torch import Tensor
 
 from slimkern.calibration.moments import Moments
 
+_FLAT = torch.finfo(torch.float32).eps ** 2  # less variance than that is rounding of a constant
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -52,9 +54,12 @@ def least_squares(
     """
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge}")
-    solved = _solve(*_problem(moments, bias), weight.double(), ridge)
-    fitted = _offset(moments, solved) if bias else None
-    return Solution(solved, fitted, _missed(moments, solved, fitted))
+    hessian, cross = _about_means(moments)
+    if bias:
+        solved = _solve(hessian, cross, weight.double(), ridge)
+    else:
+        solved = _solve(moments.second(), moments.second_cross(), weight.double(), ridge)
+    return _solution(moments, hessian, cross, solved, bias)
 
 
 @torch.no_grad()
@@ -63,26 +68,14 @@ def as_it_was(moments: Moments, weight: Tensor, old_bias: Tensor | None, *, bias
 
     Without a new bias, the error is what the old one leaves.
     """
-    weight = weight.double()
-    if bias:
-        fitted = _offset(moments, weight)
-        return Solution(weight, fitted, _missed(moments, weight, fitted))
-    return Solution(weight, None, _missed(moments, weight, old_bias))
+    return _solution(moments, *_about_means(moments), weight.double(), bias, old_bias)
 
 
-def _offset(moments: Moments, weight: Tensor) -> Tensor:
-    """The bias with which the means fit."""
-    return moments.mean_y - weight @ moments.mean_x
-
-
-def _problem(moments: Moments, bias: bool) -> tuple[Tensor, Tensor]:
-    """Second moment of the inputs, and inputs times targets."""
+def _about_means(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Second moment of the inputs, and inputs times targets, about their means."""
     if not moments.tokens:
         raise ValueError("no token was seen: there is nothing to solve from")
-    if bias:
-        found = moments.covariance(), moments.cross()
-    else:
-        found = moments.second(), moments.second_cross()
+    found = moments.covariance(), moments.cross()
     if not (found[0].isfinite().all() and found[1].isfinite().all()):
         raise ValueError("inputs or targets are not finite")
     return found
@@ -96,13 +89,22 @@ def _solve(hessian: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tens
     return weight + torch.cholesky_solve(wanted, torch.linalg.cholesky(damped)).T
 
 
-def _missed(moments: Moments, weight: Tensor, bias: Tensor | None) -> float:
-    """``mean(‖W x + b - y‖²)`` as a fraction of the target's variance, from the moments."""
-    hessian, cross = _problem(moments, True)
+def _solution(
+    moments: Moments,
+    hessian: Tensor,
+    cross: Tensor,
+    weight: Tensor,
+    fit: bool,
+    old_bias: Tensor | None = None,
+) -> Solution:
+    """Weights with what they miss, and with the bias that makes the means fit if ``fit``."""
+    fitted = moments.mean_y - weight @ moments.mean_x
     energy = moments.variance_y()
-    if not energy > 0:
-        return 0.0
+    if energy <= _FLAT * float(moments.mean_y.square().sum()):
+        return Solution(weight, fitted if fit else None, 0.0)
     explained = 2 * (weight * cross.T).sum() - ((weight @ hessian) * weight).sum()
-    off = _offset(moments, weight)
-    off = off if bias is None else off - bias.double()
-    return max(0.0, 1 - float(explained) / energy) + float(off.square().sum()) / energy
+    error = max(0.0, 1 - float(explained) / energy)
+    if fit:
+        return Solution(weight, fitted, error)
+    off = fitted if old_bias is None else fitted - old_bias.double()
+    return Solution(weight, None, error + float(off.square().sum()) / energy)
