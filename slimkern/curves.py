@@ -50,7 +50,8 @@ def error_curves(
     Raises:
         ValueError: outputs of the model hold no numbers, or activations are not finite.
     """
-    outputs = _Outputs(dense, [walk.batches[i] for i in spread_over(walk.batches, _PROBE_TOKENS)])
+    whole = [walk.batches[i] for i in walk.every]
+    outputs = _Outputs(dense, [whole[i] for i in spread_over(whole, _PROBE_TOKENS)])
     dense_walk = DenseWalk(walk, walk.sites, walk.few)
     waiting: dict[str, list[tuple[Site, Moments]]] = {}
     curves: dict[str, Curve] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,22 @@ class Batch:
     def entries(self) -> int:
         """Numbers in all its tensors together, padding included."""
         return sum(t.numel() for t in tensors_in((self.inputs.args, self.inputs.kwargs)))
+
+    def head(self, rows: int) -> Batch:
+        """The first rows; all of them where its tensors have not one number of rows in common."""
+        args, kwargs = self.inputs.args, self.inputs.kwargs
+        lengths = {len(t) if t.dim() else 0 for t in tensors_in((args, kwargs))}
+        if len(lengths) != 1 or not all(
+            isinstance(v, Tensor) or next(tensors_in(v), None) is None
+            for v in (*args, *kwargs.values())
+        ):
+            return self
+        cut = replace(
+            self.inputs,
+            args=tuple(v[:rows] if isinstance(v, Tensor) else v for v in args),
+            kwargs={k: v[:rows] if isinstance(v, Tensor) else v for k, v in kwargs.items()},
+        )
+        return Batch(cut, None if self.mask is None else self.mask[:rows])
 
     def call(self, model: nn.Module) -> Any:
         """Run ``model`` on this batch."""

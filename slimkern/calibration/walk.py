@@ -72,14 +72,15 @@ class Walk:
         selection_tokens: int,
     ) -> None:
         self.slim = slim
-        self.batches = batches
         self.store = store
         self.every = list(range(len(batches)))
         self.few = spread_over(batches, selection_tokens)
         sites = [Site(g, m) for g in groups for m in g.consumers]
-        # All that a recorded forward makes is held until it is over: the smallest batch will do.
-        self.recorded = min(self.every, key=lambda i: batches[i].entries)
-        self.script = record(dense, batches[self.recorded], {s.name for s in sites})
+        # All that a recorded forward makes is held until it is over: two rows will do. They run
+        # along with the dense model, to see that a resumed forward is the whole one.
+        self.recorded = len(batches)
+        self.batches = [*batches, min(batches, key=lambda b: b.entries).head(2)]
+        self.script = record(dense, self.batches[self.recorded], {s.name for s in sites})
         for site in sites:
             times = self.script.times(site.name)
             if times != 1:
@@ -88,8 +89,8 @@ class Walk:
                     f"calibrated where it is called once: leave it out with excluded_op_names"
                 )
         self.sites = sorted(sites, key=lambda s: self.script.position(s.name))
-        self._dense = Replay(dense, self.script, batches, store, "dense")
-        self._slim = Replay(slim, self.script, batches, store, "slim")
+        self._dense = Replay(dense, self.script, self.batches, store, "dense")
+        self._slim = Replay(slim, self.script, self.batches, store, "slim")
         self._left: set[str] = set()
 
     def aim(self, site: Site) -> None:
@@ -98,9 +99,10 @@ class Walk:
         def look(index: int, seen: Seen) -> None:
             if index == self.recorded:
                 _check_resumed(self.script, site.name, seen.x)
-            self.store.put(("target", index), {"y": seen.target})
+            else:
+                self.store.put(("target", index), {"y": seen.target})
 
-        self._dense.to(site.name, self.every, look)
+        self._dense.to(site.name, [*self.every, self.recorded], look)
         self._dense.arrive(site.name)
 
     def look(self, site: Site) -> Moments:
@@ -181,15 +183,16 @@ class DenseWalk:
         def look(index: int, seen: Seen) -> None:
             if index == self.walk.recorded:
                 _check_resumed(self.walk.script, site.name, seen.x)
-            self.walk.add(moments, index, site.name, seen.x, seen.y)
+            else:
+                self.walk.add(moments, index, site.name, seen.x, seen.y)
 
-        self._replay.to(site.name, self.indices, look)
+        self._replay.to(site.name, [*self.indices, self.walk.recorded], look)
         self._replay.arrive(site.name)
         return moments
 
     def close(self) -> None:
         """Let go of the stored activations."""
-        for index in self.indices:
+        for index in (*self.indices, self.walk.recorded):
             self.walk.store.drop(("dense only", index))
 
 
