@@ -165,9 +165,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         trial = slim_(model if built else skeleton.meta_twin(model), plan)
     except SurgeryError as error:
         raise CheckpointError(f"{folder}: the plan does not fit the model: {error}") from error
+    skeleton.add_biases(trial, tensors)
     _check_tensors(trial, tensors, about["tied"], folder)
     if not built:
-        slim_(model, plan)
+        skeleton.add_biases(slim_(model, plan), tensors)
     skeleton.fill(model, tensors, buffers, about["tied"])
     if built:
         # As after from_pretrained: a later save finds the tokenizer and the other files there.

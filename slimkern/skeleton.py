@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,6 +95,7 @@ def describe(
             slim_(twin, plan)
         except SurgeryError:
             continue
+        add_biases(twin, sizes)
         if shapes(twin) == sizes:
             plain = whole and shapes(build(type(model), config)) == sizes
             return (config, dense, True, twin) if plain else ({**config, **dense}, {}, False, twin)
@@ -109,6 +110,17 @@ def _dense_fields(config: Any, plan: SlimPlan) -> Iterator[dict[str, int]]:
         for width in widths:
             if isinstance(getattr(config, name, None), int) and getattr(config, name) != width:
                 yield {name: width}
+
+
+def add_biases(model: nn.Module, names: Iterable[str]) -> None:
+    """Linears without a bias get one, without memory, where ``names`` of saved tensors hold it: a
+    one-shot repair may have added it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for owner, _, leaf in (name.rpartition(".") for name in names):
+        linear = modules.get(owner)
+        if leaf == "bias" and type(linear) is nn.Linear and linear.bias is None:
+            bias = torch.empty(linear.out_features, dtype=linear.weight.dtype, device="meta")
+            linear.bias = nn.Parameter(bias)
 
 
 def meta_twin(model: nn.Module) -> nn.Module:

@@ -74,6 +74,41 @@ def prepared(model: nn.Module, batches: Any) -> tuple[list[Batch], list[str]]:
     return held, sorted(names, key=record(model, held[0], names).position)
 
 
+@torch.no_grad()
+def whole(
+    model: nn.Module, batches: list[Batch], sites: list[str]
+) -> dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]]:
+    """Input and output of every site and what the next norm gets, from whole forwards."""
+    found: dict[tuple[str, int], list[Tensor]] = {}
+    place = {"index": 0, "last": ""}
+
+    def linear(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            place["last"] = name
+            found[name, place["index"]] = [args[0].clone(), output.clone()]
+
+        return hook
+
+    def norm(module: nn.Module, args: Any) -> None:
+        seen = found.get((place["last"], place["index"]))
+        if seen is not None and len(seen) == 2:
+            seen.append(args[0].clone())
+
+    handles = [model.get_submodule(n).register_forward_hook(linear(n)) for n in sites]
+    handles += [
+        m.register_forward_pre_hook(norm) for m in model.modules() if isinstance(m, nn.LayerNorm)
+    ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for index, batch in enumerate(batches):
+        place.update(index=index, last="")
+        batch.call(model)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    for handle in handles:
+        handle.remove()
+    return {key: tuple(values) for key, values in found.items()}  # type: ignore[misc]
+
+
 class Blocks(nn.Module):
     """``norm``, FFN and a residual, three times, as ``join`` says; every block's dropout between.
 
