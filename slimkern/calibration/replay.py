@@ -236,6 +236,8 @@ class _Run:
             nth = self.counts.get(name, 0)
             self.counts[name] = nth + 1
             if (name, nth) in at.done:
+                for inner in self.replay.script.within(at.done[name, nth]):
+                    self.counts[inner] = self.counts.get(inner, 0) + 1
                 return self._restored(at.done[name, nth])
             if name == self.name:
                 return self._linear(first_input(args, kwargs), run)

@@ -7,6 +7,7 @@ stood in for.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -79,6 +80,12 @@ class Script:
     def position(self, name: str) -> int:
         """When the module ``name`` was first called."""
         return next(call.start for call in self.calls if call.name == name)
+
+    def within(self, index: int) -> list[str]:
+        """The modules that are called in a call, once for every time."""
+        end = self.calls[index].end
+        later = itertools.islice(self.calls, index + 1, None)
+        return [call.name for call in itertools.takewhile(lambda call: call.start < end, later)]
 
     def after(self, name: str) -> Frontier:
         """What is done when the module ``name``, called once, has returned.
