@@ -26,7 +26,7 @@ def setting(tmp_path_factory):
 
 
 def test_defaults_follow_the_length():
-    short, middle, long = (HealingSettings.for_epochs(n) for n in (3, 10, 20))
+    short, middle, long = (HealingSettings.for_epochs(n) for n in (1, 4, 20))
     assert [s.learning_rate for s in (short, middle, long)] == pytest.approx([3e-4, 4.5e-4, 6e-4])
     assert HealingSettings() == HealingSettings.for_epochs(6)
     assert HealingSettings.for_epochs(14, learning_rate=1e-4, batch_size=8).learning_rate == 1e-4

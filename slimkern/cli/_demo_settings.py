@@ -14,7 +14,7 @@ from slimkern.training.data import Pair
 
 FFN_SPARSITY, MHA_SPARSITY = 0.8, 0.6
 SMOKE_ROWS = {"train": 192, "dev": 100, "test": 100}
-HEAL_EPOCHS, FULL_HEAL_EPOCHS = 6.0, 14.0
+HEAL_EPOCHS, FULL_HEAL_EPOCHS = 6.0, 10.0
 _SMOKE_CALIBRATION = 256
 
 

@@ -145,7 +145,7 @@ def slim(
     lr: Annotated[
         float | None,
         _training(
-            "--lr", help="Of slimming or healing, its peak: 3e-4, more from 6 epochs of healing on."
+            "--lr", help="Of slimming or healing, its peak: 3e-4; of a longer healing 6e-4."
         ),
     ] = None,
     batch_size: Annotated[int, _training(min=1, help="Rows per optimizer step.")] = 32,

@@ -14,7 +14,7 @@ from slimkern.training.distillation import DistillationWeights
 from slimkern.training.task import Task
 from slimkern.training.trainer import TrainingSettings, disable_dropout
 
-SHORT, LONG = 6.0, 14.0
+SHORT, LONG = 2.0, 6.0
 """Epochs up to which, and from which on, the rate and the task's weight stay as they are."""
 SHORT_RATE, LONG_RATE = 3e-4, 6e-4
 _EVERY = 4  # steps between two updates of the average: at 0.998 a step, the same average
@@ -37,8 +37,8 @@ class HealingSettings(TrainingSettings):
             themselves in every epoch, most of all in the first ones.
     """
 
-    epochs: float = SHORT
-    learning_rate: float = SHORT_RATE
+    epochs: float = LONG
+    learning_rate: float = LONG_RATE
     dropout: bool = False
     freeze: tuple[str, ...] = ()
     average: float | None = 0.998
@@ -48,10 +48,10 @@ class HealingSettings(TrainingSettings):
         _check_names(self.freeze)
 
     @classmethod
-    def for_epochs(cls, epochs: float = SHORT, **changes: Any) -> HealingSettings:
+    def for_epochs(cls, epochs: float = LONG, **changes: Any) -> HealingSettings:
         """The defaults for a training of this length, with ``changes`` to any other setting.
 
-        The rate is 3e-4 up to 6 epochs, 6e-4 from 14 on, and on a line between them.
+        The rate is 3e-4 up to 2 epochs, 6e-4 from 6 on, and on a line between them.
         """
         rate = SHORT_RATE + (LONG_RATE - SHORT_RATE) * _length(epochs)
         return cls(**{"epochs": epochs, "learning_rate": rate, **changes})
@@ -59,7 +59,7 @@ class HealingSettings(TrainingSettings):
     def weights(self, task: Task) -> DistillationWeights:
         """How much each part of the loss counts: the task's defaults, fit to the length.
 
-        The weight of the task's own loss falls from its default to half of it between 6 and 14
+        The weight of the task's own loss falls from its default to half of it between 2 and 6
         epochs: for embeddings task 1 to 0.5, hidden 3, embedding 1, similarity 10.
         """
         usual = task.default_weights
