@@ -71,9 +71,10 @@ class Batch:
         first = next((t for t in tensors_in(outputs) if t.is_floating_point()), None)
         if first is None:
             raise ValueError("the model's outputs hold no floating-point tensor")
-        if first.dim() < 2 or (self.mask is not None and first.shape == self.mask.shape):
-            first = first.unsqueeze(-1)
-        return self.real(first)
+        if first.dim() < 2:
+            return first.reshape(-1, 1)
+        per_token = self.mask is not None and first.shape == self.mask.shape
+        return self.real(first.unsqueeze(-1) if per_token else first)
 
     @property
     def tokens(self) -> int:
@@ -113,13 +114,15 @@ def read_batches(
 
     Raises:
         TypeError: not an iterable of batches, or texts without a tokenizer.
-        ValueError: there is no batch, or ``batch_size`` is under 1.
+        ValueError: there is no batch or no real token, or ``batch_size`` is under 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     found = [_batch(model, raw) for raw in _raw(batches, tokenizer, max_length, batch_size)]
     if not found:
         raise ValueError("batches holds no batch: there is nothing to calibrate on")
+    if all(batch.mask is not None and not batch.mask.any() for batch in found):
+        raise ValueError("batches holds padding alone: there is nothing to calibrate on")
     return found
 
 
