@@ -76,9 +76,7 @@ def _curve(
     method: Method,
     outputs: _Outputs,
 ) -> Curve:
-    layers = [
-        obs_layer(m, dense.get_parameter(f"{s.name}.weight").detach().double(), s) for s, m in parts
-    ]
+    layers = [obs_layer(m, linear_of(dense, s.member), s, method) for s, m in parts]
     removal = remove(layers, levels, damping=method.damping, chunk=method.chunk)
     below = [n for n in levels if n < group.num_units]
     if not below:

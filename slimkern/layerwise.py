@@ -137,13 +137,13 @@ class Layerwise:
             found.setdefault(site.group.name, []).append((site, dense.visit(site)))
         dense.close()
         for parts in found.values():
-            self._cut_by(parts[0][0].group, [(m, self._weight(s), s) for s, m in parts])
+            self._cut_by(parts[0][0].group, [(m, s) for s, m in parts])
 
     def _cut(self, group: Group, moments: Moments | None, site: Site) -> None:
-        parts = [] if moments is None else [(moments, self._weight(site), site)]
+        parts = [] if moments is None else [(moments, site)]
         self._cut_by(group, parts)
 
-    def _cut_by(self, group: Group, parts: list[tuple[Moments, Tensor, Site]]) -> None:
+    def _cut_by(self, group: Group, parts: list[tuple[Moments, Site]]) -> None:
         width = self.widths[group.name]
         if width == group.num_units or not parts:
             self.keep[group.name] = tuple(range(group.num_units))
@@ -156,17 +156,23 @@ class Layerwise:
             self.walk.narrow(member.name, rows)
 
     def _chosen(
-        self, group: Group, width: int, parts: list[tuple[Moments, Tensor, Site]]
+        self, group: Group, width: int, parts: list[tuple[Moments, Site]]
     ) -> tuple[int, ...]:
         """The units that stay, sorted."""
         if self.method.criterion == "obs":
-            layers = [obs_layer(m, w, s, spent=self.method.sequential) for m, w, s in parts]
+            layers = [
+                obs_layer(m, self._linear(s), s, self.method, spent=self.method.sequential)
+                for m, s in parts
+            ]
             return self._removal(layers, [width]).keep(group.num_units, width)
         if self.method.criterion == "fisher":
             scores = self.scores[group.name]
         else:
             each = [
-                unit_scores(self.method.criterion, w, m, s.member.unit_size) for m, w, s in parts
+                unit_scores(
+                    self.method.criterion, self._linear(s).weight.detach(), m, s.member.unit_size
+                )
+                for m, s in parts
             ]
             # Layers that share their units differ in scale: each has the same say.
             scores = torch.stack([e / e.sum().clamp_min(1e-300) for e in each]).sum(0)
@@ -180,8 +186,7 @@ class Layerwise:
         if self._untouched(site.group):
             self.errors.setdefault(site.group.name, []).append(0.0)
             return
-        linear = linear_of(self.walk.slim, site.member)
-        solution = solved(moments, linear, self.method)
+        solution = solved(moments, self._linear(site), self.method)
         if self.method.repair != "none":
             repair_(self.walk.slim, site.name, solution.weight, solution.bias)
         self.errors.setdefault(site.group.name, []).append(solution.error)
@@ -192,8 +197,8 @@ class Layerwise:
         seen = self.keep if self.method.sequential else {group.name}
         return all(len(self.keep[name]) == units[name] for name in seen)
 
-    def _weight(self, site: Site) -> Tensor:
-        return self.walk.slim.get_parameter(f"{site.name}.weight").detach().double()
+    def _linear(self, site: Site) -> nn.Linear:
+        return linear_of(self.walk.slim, site.member)
 
     def _note_few(self, group: Group, moments: Moments) -> None:
         width = group.num_units * group.consumers[0].unit_size
@@ -204,25 +209,34 @@ class Layerwise:
             )
 
 
-def obs_layer(moments: Moments, weight: Tensor, site: Site, *, spent: bool = False) -> Layer:
-    """What structured OBS reads of a layer: about the mean, as its bias can make up for means.
+def obs_layer(
+    moments: Moments, linear: nn.Linear, site: Site, method: Method, *, spent: bool = False
+) -> Layer:
+    """What structured OBS reads of a layer: about the mean where its bias makes up for means.
 
     Where the moments are ``spent`` with it, their memory, the largest thing there is, serves.
     """
     hessian = moments.into_covariance() if spent else moments.covariance()
-    return Layer(weight, hessian, site.member.unit_size)
+    if not fits_bias(linear, method):
+        hessian.addr_(moments.mean_x, moments.mean_x)
+    return Layer(linear.weight.detach().double(), hessian, site.member.unit_size)
+
+
+def fits_bias(linear: nn.Linear, method: Method) -> bool:
+    """Whether a repair finds a bias for a linear."""
+    wanted = method.ones_row if linear.bias is not None else method.add_bias
+    return wanted and method.repair != "none"
 
 
 def solved(moments: Moments, linear: nn.Linear, method: Method) -> Solution:
     """The repair of a linear by a method, from the moments of its inputs and targets."""
     weight, old = linear.weight.detach().double(), linear.bias
-    solve = (old is not None and method.ones_row) or (old is None and method.add_bias)
+    solve = fits_bias(linear, method)
     if method.repair == "least_squares":
         if old is not None and not solve:  # the bias stays: the weights aim at the rest
             moments = moments.less(old.detach().double())
         return least_squares(moments, weight, bias=solve, ridge=method.ridge)
-    fit = solve and method.repair == "bias"
-    return as_it_was(moments, weight, None if old is None else old.detach(), bias=fit)
+    return as_it_was(moments, weight, None if old is None else old.detach(), bias=solve)
 
 
 def columns(site: Site, keep: tuple[int, ...]) -> Tensor:

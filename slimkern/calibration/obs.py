@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_QUIET = torch.finfo(torch.float32).eps  # of the mean second moment: rounding of a constant
 _PENDING = 128  # rows that wait before they are subtracted from the inverse
 _COMPACT = 0.75  # removed rows and columns are dropped once this fraction is left
 
@@ -130,6 +131,8 @@ class _State:
         energy = float(((self.weight @ hessian) * self.weight).sum())
         self.energy = energy if energy > 0 else float("inf")  # a dead layer loses nothing
         mean = float(hessian.diagonal().mean())
+        # Damping would make the weights of what never varies count.
+        self.weight[:, hessian.diagonal() <= _QUIET * mean] = 0
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
         torch.linalg.cholesky(damped, out=damped)
