@@ -2,13 +2,16 @@
 
     python bench/one_shot.py choices --teacher slimkern-demo/teacher --results choices.json
     python bench/one_shot.py losses  --teacher slimkern-demo/teacher --results losses.json
+    python bench/one_shot.py speed   --teacher slimkern-demo/teacher --results speed.json
     python bench/one_shot.py base    --results base.json
     python bench/one_shot.py table   --results choices.json
 
 ``choices``: without training, what the criterion, the repair and the order of layers are worth.
-``losses``: a short healing with each part of the loss left out. ``base``: all-mpnet-base-v2 at
-50 % and 50 %, without training, with its peak memory. Each row is written to the file of results
-when it is there, and a row that is there already is not run again. ``table`` prints them.
+``losses``: a short healing with each part of the loss left out. ``speed``: twice as fast, with
+uneven widths and with even ones of the same speed, predicted and measured. ``base``:
+all-mpnet-base-v2 at 50 % and 50 %, without training, with its peak memory. Each row is written to
+the file of results when it is there, and a row that is there already is not run again. ``table``
+prints them.
 
 The teacher is the dense model that ``slimkern demo`` leaves in its folder. Scores are Pearson and
 Spearman correlations of the cosine of two embeddings with the gold score.
@@ -31,6 +34,8 @@ from transformers import AutoTokenizer, PrinterCallback, set_seed
 import slimkern
 from slimkern import timing
 from slimkern.cli.fetch import fetch_demo_files, read_stsb
+from slimkern.copies import sharing_copy
+from slimkern.selection import kept_units
 from slimkern.training import (
     DistillationWeights,
     DistillTrainer,
@@ -71,6 +76,7 @@ LOSSES: dict[str, dict[str, float]] = {
 }
 EPOCHS = 3.0
 SENTENCES = 2048
+SHAPE = (8, 128)
 
 
 class Bench:
@@ -123,6 +129,30 @@ class Bench:
         self.results.write_text(json.dumps(self.done), encoding="utf-8")
         print(name, row, flush=True)
 
+    def even_copy(self, sparsity: float) -> torch.nn.Module:
+        """The dense model with the first units of every layer: as fast as any of that width."""
+        model = sharing_copy(self.dense())
+        entries = []
+        for group in slimkern.discover(model):
+            kept = kept_units(group.num_units, sparsity, 32 if group.kind == "ffn" else 1)
+            entries.append(slimkern.PlanEntry(group, tuple(range(kept))))
+        return slimkern.slim_(model, slimkern.SlimPlan(tuple(entries)))
+
+    def times(self, models: dict[Any, torch.nn.Module]) -> dict[Any, float]:
+        """Seconds of one forward of ``SHAPE``, all in turns, the fastest of each."""
+        ids = torch.randint(1000, 20000, SHAPE, generator=torch.Generator().manual_seed(0))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+        def call(model: torch.nn.Module) -> Any:
+            return lambda: model(**inputs)[0]
+
+        made = timing.time_interleaved(
+            {name: call(model.eval()) for name, model in models.items()},
+            check=_finite,
+            rounds=15,
+        )
+        return {name: timed.minimum for name, timed in made.items()}
+
     def has(self, name: str) -> bool:
         return name in self.done.get("rows", {})
 
@@ -173,6 +203,28 @@ def losses(bench: Bench) -> None:
         bench.add(name, time.perf_counter() - began, model)
 
 
+def speed(bench: Bench) -> None:
+    """Twice as fast: uneven widths, and the even ones whose time is nearest."""
+    if not bench.has("dense"):
+        bench.add("dense", 0.0, bench.dense())
+    texts = bench.sentences(SENTENCES)
+    common: dict[str, Any] = {"tokenizer": bench.tokenizer}
+    uneven = slimkern.one_shot(
+        bench.dense(), texts, target_speedup=2.0, latency_shape=SHAPE, **common
+    )
+    assert uneven.predicted is not None
+    found = {s: bench.even_copy(s) for s in np.arange(0.30, 0.72, 0.03).round(2).tolist()}
+    times = bench.times({"dense": bench.dense(), "uneven": uneven.model, **found})
+    nearest = min(found, key=lambda s: abs(times[s] - times["uneven"]))
+    even = slimkern.one_shot(bench.dense(), texts, nearest, nearest, **common)
+    times = bench.times({"dense": bench.dense(), "uneven": uneven.model, "even": even.model})
+    measured = {name: times["dense"] / value for name, value in times.items()}
+    widths = [len(e.keep) for e in uneven.plan]
+    told = {"predicted": uneven.predicted.ratio, "measured": measured["uneven"], "widths": widths}
+    bench.add("2x as fast, uneven", uneven.seconds, uneven.model, **told)
+    bench.add(f"even, {nearest:.0%}", even.seconds, even.model, measured=measured["even"])
+
+
 def base(bench: Bench) -> None:
     """all-mpnet-base-v2 at 50 % and 50 %, without training."""
     model = bench.dense()
@@ -187,6 +239,11 @@ def base(bench: Bench) -> None:
         bench.add("50 % / 50 %", result.seconds, result.model, peak_of_model=peak / size)
     if not bench.has("dense"):
         bench.add("dense", 0.0, model)
+
+
+def _finite(outputs: dict[str, Any]) -> None:
+    if not all(torch.isfinite(output).all() for output in outputs.values()):
+        raise SystemExit("outputs are not finite")
 
 
 def _peak() -> int:
@@ -211,7 +268,7 @@ def table(done: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("choices", "losses", "base", "table"))
+    parser.add_argument("part", choices=("choices", "losses", "speed", "base", "table"))
     parser.add_argument("--teacher", type=Path, help="folder of the fine-tuned dense model")
     parser.add_argument("--results", type=Path, required=True, help="JSON, added to")
     parser.add_argument("--threads", type=int, default=1)
@@ -225,7 +282,9 @@ def main() -> None:
     elif asked.teacher is None:
         parser.error("--teacher is needed: slimkern-demo/teacher, for example")
     else:
-        {"choices": choices, "losses": losses}[asked.part](Bench(asked.teacher, asked.results))
+        {"choices": choices, "losses": losses, "speed": speed}[asked.part](
+            Bench(asked.teacher, asked.results)
+        )
 
 
 if __name__ == "__main__":
