@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkern import timing
 from slimkern.budget import Choice, allocate, levels
 from slimkern.calibration.batches import Batch
 from slimkern.calibration.walk import Progress, Walk
@@ -21,7 +22,6 @@ from slimkern.latency import Call, measure_latency
 from slimkern.layerwise import Method
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.surgery import slim_
-from slimkern.timing import time_interleaved
 
 _CORRECTIONS, _AGREEMENT = 3, 0.02  # rounds of correction; when a table is right
 _ROUNDS = 15
@@ -199,7 +199,7 @@ class Allocation:
         """The time of a model of these widths as a fraction of the dense model's."""
         entries = [PlanEntry(g, tuple(range(widths[g.name]))) for g in self.groups]
         copy = slim_(sharing_copy(self.model), SlimPlan(tuple(entries)))
-        times = time_interleaved(
+        times = timing.time_interleaved(
             {"dense": call(self.model), "slim": call(copy)},
             check=lambda outputs: None,  # outputs were checked when the table was measured
             rounds=_ROUNDS,
