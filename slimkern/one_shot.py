@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slimkern.allocation import Allocation, Budget, Prediction
@@ -56,6 +57,7 @@ class OneShot:
         return iter((self.model, self.plan))
 
 
+@torch.inference_mode(False)
 def one_shot(
     model: nn.Module,
     batches: Any,
@@ -113,6 +115,7 @@ def one_shot(
     return road.even(sparsities)
 
 
+@torch.inference_mode(False)
 def one_shot_family(
     model: nn.Module, batches: Any, target_speedup: Sequence[float], **options: Any
 ) -> list[OneShot]:
@@ -265,14 +268,8 @@ class _Road:
         return Store(max(_MEMORY, size // 4) if asked is None else asked)
 
     def _walk(self, groups: list[Group], store: Store) -> Walk:
-        return Walk(
-            self.model,
-            sharing_copy(self.model),
-            groups,
-            self.batches,
-            store,
-            self.options.selection_tokens,
-        )
+        tokens = self.options.selection_tokens
+        return Walk(self.model, sharing_copy(self.model), groups, self.batches, store, tokens)
 
     def _slimmed(
         self,

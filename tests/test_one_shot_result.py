@@ -141,6 +141,15 @@ def test_what_torch_compile_returned_is_taken_apart():
     assert one_shot(torch.compile(model), texts(), 0.5, round_multiplier=8).plan == plain.plan
 
 
+def test_inference_mode_around_it_does_not_matter():
+    model = FAMILIES["bert"]()
+    plain = one_shot(model, texts(), 0.5, 0.5, round_multiplier=8)
+    with torch.inference_mode():
+        small, plan = one_shot(model, texts(), 0.5, 0.5, round_multiplier=8)
+    assert plan == plain.plan
+    assert not any(p.is_inference() for p in small.parameters())
+
+
 @pytest.mark.parametrize("memory", [0, 20_000])
 def test_memory_does_not_matter(memory):
     """Everything on disk, some of it, nothing: the same bits."""

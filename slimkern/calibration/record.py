@@ -38,10 +38,10 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         given = _tensors((args, kwargs))
         takes = [self._number(tensor) for tensor in given]
-        versions = [tensor._version for tensor in given]
+        versions = [_version(tensor) for tensor in given]
         time = self.tick()
         result = func(*args, **kwargs)
-        written = [t for t, version in zip(given, versions) if t._version != version]
+        written = [t for t, version in zip(given, versions) if _version(t) != version]
         alike = [t for memory in {_memory(t) for t in written} for t in self.sharing[memory]]
         changes = tuple(self._number(tensor) for tensor in alike)
         made = _tensors(result)
@@ -71,6 +71,11 @@ class _Watch(TorchFunctionMode):
 
 def _tensors(data: Any) -> list[Tensor]:
     return [v for v in pytree.tree_leaves(data) if isinstance(v, Tensor)]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor, or what shares its memory, has been changed."""
+    return 0 if tensor.is_inference() else tensor._version  # such ones can't be changed here
 
 
 def _memory(tensor: Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from slimkern.discovery.forward import observe
@@ -54,6 +55,7 @@ def discover(model: nn.Module, example_inputs: Any = None) -> Discovery:
         ValueError: ``example_inputs`` is needed or of a type that is not accepted.
         Exception: whatever the model's forward raises on these inputs.
     """
-    inputs = prepare(model, example_inputs)
-    seen = observe(model, inputs)
-    return rehearse(model, inputs, seen, resolve(model, seen))
+    with torch.inference_mode(False):  # in it, operations are not what they are elsewhere
+        inputs = prepare(model, example_inputs)
+        seen = observe(model, inputs)
+        return rehearse(model, inputs, seen, resolve(model, seen))
