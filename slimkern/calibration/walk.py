@@ -77,7 +77,8 @@ class Walk:
         self.few = spread_over(batches, selection_tokens)
         sites = [Site(g, m) for g in groups for m in g.consumers]
         # All that a recorded forward makes is held until it is over: two rows will do. They run
-        # along with the dense model, to see that a resumed forward is the whole one.
+        # along with the dense model, to see that a resumed forward is the whole one: first, so
+        # that what a module remembers of its last forward is another batch's.
         self.recorded = len(batches)
         self.batches = [*batches, min(batches, key=lambda b: b.entries).head(2)]
         self.script = record(dense, self.batches[self.recorded], {s.name for s in sites})
@@ -102,7 +103,7 @@ class Walk:
             else:
                 self.store.put(("target", index), {"y": seen.target})
 
-        self._dense.to(site.name, [*self.every, self.recorded], look)
+        self._dense.to(site.name, [self.recorded, *self.every], look)
         self._dense.arrive(site.name)
 
     def look(self, site: Site) -> Moments:
@@ -186,7 +187,7 @@ class DenseWalk:
             else:
                 self.walk.add(moments, index, site.name, seen.x, seen.y)
 
-        self._replay.to(site.name, [*self.indices, self.walk.recorded], look)
+        self._replay.to(site.name, [self.walk.recorded, *self.indices], look)
         self._replay.arrive(site.name)
         return moments
 
