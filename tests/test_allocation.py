@@ -45,7 +45,7 @@ def next_steps(model: nn.Module, result: Any, count: Any, multiple: int) -> list
 
 
 @pytest.mark.parametrize("share", [0.95, 0.8])
-@pytest.mark.parametrize("name", ["bert", "mpnet", "distilbert", "torch"])
+@pytest.mark.parametrize("name", ["bert", "mpnet", "torch"])
 def test_parameters(name, share):
     """As many as allowed: no group could be one level wider."""
     model, raw = encoder(name), batches_of(name)

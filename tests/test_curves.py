@@ -58,8 +58,9 @@ def test_less_width_loses_more(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["bert", "mpnet"])
-@pytest.mark.parametrize("repair", ["least_squares", "none"])
+@pytest.mark.parametrize(
+    ("name", "repair"), [("bert", "least_squares"), ("bert", "none"), ("mpnet", "least_squares")]
+)
 def test_at_half_the_width_it_is_what_really_happens(name, repair):
     """The group alone, slimmed and repaired: the change of the model's outputs. (Each layer by
     itself, where several share their heads.)"""
