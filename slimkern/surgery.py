@@ -195,11 +195,25 @@ def repair_(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None = N
         raise SurgeryError(
             f"{name!r}: new weights are {tuple(weight.shape)}, the linear's {tuple(old.shape)}"
         )
-    for part, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            fresh = value.detach().to(old.device, old.dtype, copy=True).contiguous()
-            _assign(model, f"{name}.{part}", nn.Parameter(fresh, old.requires_grad))
+    parts = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
+    for part, _ in parts:
+        _check_untied(model, linear, name, part)
+    for part, value in parts:
+        fresh = value.detach().to(old.device, old.dtype, copy=True).contiguous()
+        _assign(model, f"{name}.{part}", nn.Parameter(fresh, old.requires_grad))
     return model
+
+
+def _check_untied(model: nn.Module, linear: nn.Linear, name: str, part: str) -> None:
+    """Refuse to give a parameter other values where it is another module's too."""
+    mine = linear._parameters[part]
+    for other, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is mine and mine is not None and module is not linear:
+                raise SurgeryError(
+                    f"{f'{name}.{part}'!r} is tied to {f'{other}.{key}'!r}, which a repair would "
+                    f"not follow"
+                )
 
 
 def note_errors_(model: nn.Module, plan: SlimPlan) -> nn.Module:

@@ -13,7 +13,7 @@ from slimkern.cuts import SurgeryError
 from slimkern.discovery.groups import Attribute, Between, Group, Member
 from slimkern.masks import is_masked
 from slimkern.plan import PlanEntry, SlimPlan
-from slimkern.surgery import mask_, slim_
+from slimkern.surgery import mask_, repair_, slim_
 
 
 @pytest.mark.parametrize("verb", [mask_, slim_])
@@ -124,3 +124,13 @@ def test_a_tied_weight_is_refused(verb):
     with pytest.raises(SurgeryError, match=r"'fc2.weight' is tied to 'twin.weight'"):
         verb(block, PLAN)
     assert torch.equal(block.twin.weight, before)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_repair_of_what_is_tied_is_refused(part):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    setattr(model[1], part, getattr(model[0], part))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(SurgeryError, match=rf"'1\.{part}' is tied to '0\.{part}'"):
+        repair_(model, "1", torch.zeros(4, 4), torch.zeros(4))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

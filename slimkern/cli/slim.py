@@ -144,9 +144,7 @@ def slim(
     dense_lr: Annotated[float, _dense("--dense-lr")] = 3e-5,
     lr: Annotated[
         float | None,
-        _training(
-            "--lr", help="Of slimming or healing, its peak: 3e-4; of a longer healing 6e-4."
-        ),
+        _training("--lr", help="Of slimming or healing, its peak: 3e-4; of a longer healing 6e-4."),
     ] = None,
     batch_size: Annotated[int, _training(min=1, help="Rows per optimizer step.")] = 32,
     distill: Annotated[
