@@ -2,16 +2,17 @@
 
     python bench/one_shot.py choices --teacher slimkern-demo/teacher --results choices.json
     python bench/one_shot.py losses  --teacher slimkern-demo/teacher --results losses.json
+    python bench/one_shot.py control --teacher slimkern-demo/teacher --results control.json
     python bench/one_shot.py speed   --teacher slimkern-demo/teacher --results speed.json
     python bench/one_shot.py base    --results base.json
     python bench/one_shot.py table   --results choices.json
 
 ``choices``: without training, what the criterion, the repair and the order of layers are worth.
-``losses``: a short healing with each part of the loss left out. ``speed``: twice as fast, with
-uneven widths and with even ones of the same speed, predicted and measured. ``base``:
-all-mpnet-base-v2 at 50 % and 50 %, without training, with its peak memory. Each row is written to
-the file of results when it is there, and a row that is there already is not run again. ``table``
-prints them.
+``losses``: a short healing with each part of the loss left out. ``control``: the dense model
+trained further. ``speed``: twice as fast, with uneven widths and with even ones of the same speed,
+predicted and measured. ``base``: all-mpnet-base-v2 at 50 % and 50 %, without training, with its
+peak memory. Each row is written to the file of results when it is there, and a row that is there
+already is not run again. ``table`` prints them.
 
 The teacher is the dense model that ``slimkern demo`` leaves in its folder. Scores are Pearson and
 Spearman correlations of the cosine of two embeddings with the gold score.
@@ -29,25 +30,18 @@ from typing import Any
 import numpy as np
 import torch
 from base_model import fetch_base_model
-from transformers import AutoTokenizer, PrinterCallback, set_seed
+from stsb import SHAPE, Bench
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 import slimkern
-from slimkern import timing
-from slimkern.cli.fetch import fetch_demo_files, read_stsb
-from slimkern.copies import sharing_copy
-from slimkern.selection import kept_units
 from slimkern.training import (
     DistillationWeights,
     DistillTrainer,
-    EmbeddingTask,
     HealingSettings,
     Teacher,
-    predict,
+    TrainingSettings,
 )
-from slimkern.training.data import Pair
-from slimkern.training.evaluation import compare, pearson, spearman
 
-Scores = dict[str, tuple[float, float]]
 CUT = {"ffn2_sparsity": 0.8, "mha_sparsity": 0.6}
 CHOICES: dict[str, dict[str, Any]] = {
     "80 % / 60 %, structured OBS, least squares, layer after layer": {},
@@ -75,87 +69,8 @@ LOSSES: dict[str, dict[str, float]] = {
     "without similarities": {"similarity": 0.0},
     "the task's own alone": {"hidden": 0.0, "embedding": 0.0, "similarity": 0.0},
 }
-EPOCHS = 1.0
+EPOCHS, CONTROL_EPOCHS = 1.0, 14.0
 SENTENCES = 2048
-SHAPE = (8, 128)
-
-
-class Bench:
-    """A dense model, the data, and rows of results on disk."""
-
-    def __init__(self, folder: Path, results: Path) -> None:
-        files = fetch_demo_files()
-        self.folder, self.results = folder, results
-        self.task = EmbeddingTask(scale=5.0)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.texts = {n: read_stsb(getattr(files, n)) for n in ("train", "dev", "test")}
-        self.rows = {
-            name: self.task.encode(
-                [Pair(a, b, gold, line) for line, (a, b, gold) in enumerate(rows, 1)],
-                self.tokenizer,
-                128,
-                name,
-            )
-            for name, rows in self.texts.items()
-        }
-        self.done: dict[str, Any] = {}
-        if results.is_file():
-            self.done = json.loads(results.read_text(encoding="utf-8"))
-        self.done["machine"] = timing.machine_line()
-
-    def dense(self) -> torch.nn.Module:
-        return self.task.load_model(str(self.folder)).eval()
-
-    def sentences(self, count: int, draw: int = 0) -> list[str]:
-        """Training sentences, drawn by a seed: one of each of ``count`` rows."""
-        random = np.random.default_rng(draw)
-        order = random.permutation(len(self.texts["train"]))[:count]
-        return [self.texts["train"][i][int(random.integers(2))] for i in order]
-
-    def add(self, name: str, seconds: float, model: torch.nn.Module, **more: Any) -> None:
-        """Evaluate a model and write its row."""
-        row: dict[str, Any] = {"seconds": round(seconds, 1), **more}
-        for split in ("dev", "test"):
-            made = predict(model, self.task, self.rows[split])
-            gold = self.task.gold(self.rows[split])
-            row[split] = [pearson(gold, made), spearman(gold, made)]
-            if "predictions" in self.done and name != "dense":
-                dense = np.array(self.done["predictions"][split])
-                row[f"{split} interval"] = [
-                    [s["low"], s["high"]] for s in compare(split, gold, dense, made)
-                ]
-            elif name == "dense":
-                self.done.setdefault("predictions", {})[split] = made.tolist()
-        self.done.setdefault("rows", {})[name] = row
-        self.results.write_text(json.dumps(self.done), encoding="utf-8")
-        print(name, row, flush=True)
-
-    def even_copy(self, sparsity: float) -> torch.nn.Module:
-        """The dense model with the first units of every layer: as fast as any of that width."""
-        model = sharing_copy(self.dense())
-        entries = []
-        for group in slimkern.discover(model):
-            kept = kept_units(group.num_units, sparsity, 32 if group.kind == "ffn" else 1)
-            entries.append(slimkern.PlanEntry(group, tuple(range(kept))))
-        return slimkern.slim_(model, slimkern.SlimPlan(tuple(entries)))
-
-    def times(self, models: dict[Any, torch.nn.Module]) -> dict[Any, float]:
-        """Seconds of one forward of ``SHAPE``, all in turns, the fastest of each."""
-        ids = torch.randint(1000, 20000, SHAPE, generator=torch.Generator().manual_seed(0))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-        def call(model: torch.nn.Module) -> Any:
-            return lambda: model(**inputs)[0]
-
-        made = timing.time_interleaved(
-            {name: call(model.eval()) for name, model in models.items()},
-            check=_finite,
-            rounds=15,
-        )
-        return {name: timed.minimum for name, timed in made.items()}
-
-    def has(self, name: str) -> bool:
-        return name in self.done.get("rows", {})
 
 
 def choices(bench: Bench) -> None:
@@ -205,6 +120,28 @@ def losses(bench: Bench) -> None:
         bench.add(name, time.perf_counter() - began, model)
 
 
+def control(bench: Bench) -> None:
+    """The dense model, trained as many more epochs as a slim one is healed, scored after each."""
+    model = bench.dense()
+    settings = TrainingSettings(CONTROL_EPOCHS, 3e-5, weight_decay=0.01)
+    set_seed(settings.seed)
+    began = time.perf_counter()
+
+    class Score(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            name = f"dense, {round(state.epoch)} more"
+            bench.add(name, time.perf_counter() - began, kwargs["model"])
+
+    bench.add("dense", 0.0, model)
+    scratch = bench.results.with_suffix(".scratch")
+    trainer = DistillTrainer(
+        model, bench.task, bench.rows["train"], settings.arguments(scratch, save=False)
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Score())
+    trainer.train()
+
+
 def speed(bench: Bench) -> None:
     """Twice as fast: uneven widths, and the even ones whose time is nearest."""
     if not bench.has("dense"):
@@ -243,11 +180,6 @@ def base(bench: Bench) -> None:
         bench.add("dense", 0.0, model)
 
 
-def _finite(outputs: dict[str, Any]) -> None:
-    if not all(torch.isfinite(output).all() for output in outputs.values()):
-        raise SystemExit("outputs are not finite")
-
-
 def _peak() -> int:
     """The most memory that the process has held, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -270,7 +202,7 @@ def table(done: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("choices", "losses", "speed", "base", "table"))
+    parser.add_argument("part", choices=("choices", "losses", "control", "speed", "base", "table"))
     parser.add_argument("--teacher", type=Path, help="folder of the fine-tuned dense model")
     parser.add_argument("--results", type=Path, required=True, help="JSON, added to")
     parser.add_argument("--threads", type=int, default=1)
