@@ -219,7 +219,7 @@ def obs_layer(
     hessian = moments.into_covariance() if spent else moments.covariance()
     if not fits_bias(linear, method):
         hessian.addr_(moments.mean_x, moments.mean_x)
-    return Layer(linear.weight.detach().double(), hessian, site.member.unit_size)
+    return Layer(linear.weight.detach().double(), hessian, site.member.unit_size, spent=True)
 
 
 def fits_bias(linear: nn.Linear, method: Method) -> bool:

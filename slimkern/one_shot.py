@@ -33,7 +33,7 @@ from slimkern.selection import kept_units
 from slimkern.surgery import note_errors_
 from slimkern.targets import matching, targets
 
-_MEMORY = 256 * 2**20
+_MEMORY = 128 * 2**20
 _PATTERNS = {"ffn": "channelx1", "mha": "mha"}
 
 
@@ -148,7 +148,7 @@ class Options:
         loss: of the criterion ``fisher``: ``loss(outputs, batch) -> scalar``; it needs none.
         selection_tokens: units are chosen on about so many tokens; repairs use all of them.
         memory: bytes of activations that are held in memory, the rest waiting on disk. By default
-            a quarter of the model's size, and at least 256 MiB.
+            a quarter of the model's size, and at least 128 MiB.
         tokenizer, max_length, batch_size: for texts.
         latency_shape: (batch, tokens) of the forward that latency and multiply-accumulates are of.
         threads: while timing; PyTorch's own number by default.

@@ -34,11 +34,13 @@ class Layer:
         hessian: the second moment of its inputs, ``[n, n]``, fp64; about the mean where a bias
             makes up for means.
         unit_size: columns per unit.
+        spent: the memory of ``hessian`` may be written over: it is the largest thing there is.
     """
 
     weight: Tensor
     hessian: Tensor
     unit_size: int = 1
+    spent: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class _State:
         mean = float(hessian.diagonal().mean())
         # Damping would make the weights of what never varies count.
         self.weight[:, hessian.diagonal() <= _QUIET * mean] = 0
-        damped = hessian.clone()
+        damped = hessian if layer.spent else hessian.clone()
         damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
         torch.linalg.cholesky(damped, out=damped)
         self.base = torch.cholesky_inverse(damped)
