@@ -33,7 +33,8 @@ from slimkern.selection import kept_units
 from slimkern.surgery import note_errors_
 from slimkern.targets import matching, targets
 
-_MEMORY = 128 * 2**20
+_MEMORY = 256 * 2**20
+_SELECTION_TOKENS = 4096
 _PATTERNS = {"ffn": "channelx1", "mha": "mha"}
 
 
@@ -146,9 +147,10 @@ class Options:
         criterion, repair, sequential, ones_row, add_bias, chunk, damping, ridge: see
             :class:`slimkern.layerwise.Method`.
         loss: of the criterion ``fisher``: ``loss(outputs, batch) -> scalar``; it needs none.
-        selection_tokens: units are chosen on about so many tokens; repairs use all of them.
+        selection_tokens: units are chosen on about so many tokens; repairs use all of them. By
+            default 4,096, or twice the widest layer's channels.
         memory: bytes of activations that are held in memory, the rest waiting on disk. By default
-            a quarter of the model's size, and at least 128 MiB.
+            256 MiB for a model that is no larger, else a quarter of its size, at least 128 MiB.
         tokenizer, max_length, batch_size: for texts.
         latency_shape: (batch, tokens) of the forward that latency and multiply-accumulates are of.
         threads: while timing; PyTorch's own number by default.
@@ -168,7 +170,7 @@ class Options:
     damping: float = 0.01
     ridge: float = 1e-3
     loss: Any = None
-    selection_tokens: int = 8192
+    selection_tokens: int | None = None
     memory: int | None = None
     tokenizer: Any = None
     max_length: int = 128
@@ -195,7 +197,7 @@ class _Road:
         self.progress = options.progress or (lambda stage, done, total: None)
         if is_masked(self.model):
             raise ValueError("the model is masked: slim it first, with slimkern.model_slim(model)")
-        if options.selection_tokens < 1:
+        if options.selection_tokens is not None and options.selection_tokens < 1:
             raise ValueError(f"selection_tokens={options.selection_tokens}; accepted: at least 1")
         self.batches = read_batches(
             self.model,
@@ -265,10 +267,12 @@ class _Road:
     def _store(self) -> Store:
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         asked = self.options.memory
-        return Store(max(_MEMORY, size // 4) if asked is None else asked)
+        usual = _MEMORY if size <= _MEMORY else max(_MEMORY // 2, size // 4)
+        return Store(usual if asked is None else asked)
 
     def _walk(self, groups: list[Group], store: Store) -> Walk:
-        tokens = self.options.selection_tokens
+        widest = max(g.num_units * m.unit_size for g in groups for m in g.consumers)
+        tokens = self.options.selection_tokens or max(_SELECTION_TOKENS, 2 * widest)
         return Walk(self.model, sharing_copy(self.model), groups, self.batches, store, tokens)
 
     def _slimmed(
