@@ -1,0 +1,46 @@
+"""What a provider is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from bench.work import Outputs, Setting, Work
+from slimkern.report.speed_schema import Precision
+
+Call = Callable[[], Outputs]
+
+
+class Provider(ABC):
+    """Runs work: another runtime, or slimkern with one instruction set.
+
+    Attributes:
+        name: as it stands in the tables, ``torch eager``.
+        precisions: what it has a setting for.
+    """
+
+    name: str
+    precisions: tuple[Precision, ...]
+
+    @abstractmethod
+    def refuses(self, work: Work, setting: Setting) -> str | None:
+        """Why it can't (or shall not) run this here: not installed, no such kernel; or None.
+
+        Cheap: nothing is built or converted.
+        """
+
+    @abstractmethod
+    def prepare(self, work: Work, setting: Setting) -> Call:
+        """Everything that is done once: load, convert, pack, compile.
+
+        The call that is returned does the work once, as its users would do it, and returns torch
+        tensors (for ``work.backward``, the gradients too) in the runtime's own dtype. Settings
+        that are global to the process are set inside the call's own context and restored.
+
+        Raises:
+            ProviderError: it can't be prepared as promised, for example a fusion did not fire.
+        """
+
+
+class ProviderError(RuntimeError):
+    """A provider could not be set up; the message says what is wrong."""

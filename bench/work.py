@@ -1,0 +1,70 @@
+"""What is measured: a piece of work at one shape, the same for every provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from slimkern.report.speed_schema import Level, Precision
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a provider is to run.
+
+    Attributes:
+        precision: see :data:`slimkern.report.speed_schema.PRECISIONS`.
+        threads: of the provider's own pool.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    precision: Precision
+    threads: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work at one shape.
+
+    Attributes:
+        level: op, layer, model or training.
+        name: what it is, without the shape.
+        shape: as it is shown, ``8x128``.
+        build: a fresh float32 module on the CPU, in eval mode, always with the same weights. It
+            takes the inputs as positional tensors and returns one tensor.
+        inputs: the same tensors at every call; floating ones in float32, fit for ``build``.
+        flops: of the matrix products of a forward (of a whole step where ``backward``).
+        values: numbers (weights, inputs and outputs) that must move at least once.
+        roundings: rounding errors that add up on the way to an output: the lengths of all sums
+            of products one after the other.
+        stores: tensors that are rounded to storage one after the other on the way to an output.
+        backward: forward and backward; outputs are then y, dx and the parameters' gradients in
+            the order of ``named_parameters``.
+        compiled: on the short list of what ``torch.compile`` is measured on.
+        smoke: small enough for the smoke run.
+        tags: what providers ask for, such as ``slim`` or ``indexed``.
+    """
+
+    level: Level
+    name: str
+    shape: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    flops: float
+    values: float
+    roundings: int
+    stores: int
+    backward: bool = False
+    compiled: bool = False
+    smoke: bool = False
+    tags: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def case(self) -> str:
+        """Unique in a run."""
+        return f"{self.level}/{self.name}/{self.shape}"
