@@ -14,7 +14,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 import slimkern
-from slimkern.timing import machine_line, time_interleaved
+from slimkern.machine import machine_line
+from slimkern.timing import time_interleaved
 
 
 def build() -> BertModel:

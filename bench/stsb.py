@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 import slimkern
-from slimkern import timing
+from slimkern import machine, timing
 from slimkern.cli.fetch import fetch_demo_files, read_stsb
 from slimkern.copies import sharing_copy
 from slimkern.selection import kept_units
@@ -43,7 +43,7 @@ class Bench:
         self.done: dict[str, Any] = {}
         if results.is_file():
             self.done = json.loads(results.read_text(encoding="utf-8"))
-        self.done["machine"] = timing.machine_line()
+        self.done["machine"] = machine.machine_line()
 
     def dense(self) -> torch.nn.Module:
         return self.task.load_model(str(self.folder)).eval()

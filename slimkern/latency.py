@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkern import latency_cache, timing
+from slimkern import latency_cache, machine, timing
 from slimkern.copies import sharing_copy
 from slimkern.costs import Costs
 from slimkern.discovery.groups import Group
@@ -244,14 +244,14 @@ def _question(
     ]
     modules = [[n, type(m).__name__, m.training] for n, m in model.named_modules()]
     structure = [parameters, modules, _attention(model), [g.to_dict() for g in groups]]
-    here = timing.machine()
+    here = machine.machine()
     return {
         "structure": latency_cache.digest(structure),
         "classes": [[[g.name for g in gs], _shape(model, gs[0]), list(ws)] for gs, ws in classes],
         "key": key,
         "threads": torch.get_num_threads() if threads is None else threads,
         "machine": {k: here.get(k) for k in ("cpu", "cores", "isa", "gpu")},
-        "versions": timing.versions(),
+        "versions": machine.versions(),
         "precision": _precision(),
     }
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from slimkern import timing
+from slimkern import machine
 from slimkern.costs import Costs
 from slimkern.discovery.groups import Group
 
@@ -62,7 +62,7 @@ def write(path: Path, question: dict[str, Any], costs: Costs) -> None:
     data = {
         "format": _FORMAT,
         "version": _VERSION,
-        "measured": timing.now(),
+        "measured": machine.now(),
         "question": question,
         "fixed": costs.fixed,
         "tables": {name: sorted(table.items()) for name, table in costs.tables.items()},

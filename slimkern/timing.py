@@ -8,32 +8,15 @@ median says what to expect; both are reported. Nothing is timed before a check h
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
+from math import comb
 from typing import TypedDict
 
 import torch
-
-
-class Machine(TypedDict, total=False):
-    """Where numbers were taken; :func:`machine` fills it in."""
-
-    cpu: str
-    """The processor's own name."""
-    cores: int
-    """Logical cores the process may use."""
-    isa: str
-    """``scalar, avx2, avx512, avx512_bf16, amx``: what slimkern's kernels use."""
-    memory_gib: float
-    gpu: str
-    system: str
 
 
 class LatencyRow(TypedDict, total=False):
@@ -68,6 +51,53 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long the one took as the other.
+
+    Attributes:
+        median: of the rounds' ratios.
+        low, high: an interval for the true median.
+        level: the probability with which such an interval covers it.
+    """
+
+    median: float
+    low: float
+    high: float
+    level: float
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """The ratio of two candidates' times, taken round by round, so that drift cancels.
+
+    The interval is that of order statistics: with n rounds, the (k+1)-th smallest and the (k+1)-th
+    largest ratio enclose the median with probability 1 - 2 P(B <= k), B binomial (n, 1/2), whatever
+    the distribution (David and Nagaraja, Order Statistics, 2003, section 7.1). k is the largest for
+    which that is at least 95 %; below six rounds there is none, and the whole range is given.
+
+    Args:
+        numerator: seconds, one per round.
+        denominator: seconds of the same rounds.
+
+    Raises:
+        ValueError: there are no rounds, or not as many on both sides.
+    """
+    n = len(numerator)
+    if n == 0 or n != len(denominator):
+        raise ValueError(
+            f"numerator has {n} rounds and denominator {len(denominator)}; accepted: the same "
+            "number, at least 1"
+        )
+    ratios = sorted(a / b for a, b in zip(numerator, denominator))
+    below, k, level = 0.5**n, 0, 1 - 2 * 0.5**n
+    for i in range(1, n // 2):
+        below += comb(n, i) * 0.5**n
+        if 1 - 2 * below < 0.95:
+            break
+        k, level = i, 1 - 2 * below
+    return Ratio(statistics.median(ratios), ratios[k], ratios[n - 1 - k], level)
+
+
 @contextmanager
 def pinned_threads(threads: int | None) -> Iterator[int]:
     """Run with ``threads`` threads inside PyTorch's operations, and restore what was before.
@@ -89,6 +119,32 @@ def pinned_threads(threads: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
+class Interleaved:
+    """Calls that are timed in turns, a round at a time.
+
+    The order is reversed in every second round, so that none always runs on the caches of the same
+    neighbour. On a GPU each call is followed by a synchronisation. Warm the calls up before.
+
+    Attributes:
+        repeats: name -> calls per round; times are per call.
+    """
+
+    def __init__(
+        self, candidates: Mapping[str, Callable[[], object]], *, min_seconds: float = 0.0
+    ) -> None:
+        self._candidates = dict(candidates)
+        self._order = list(candidates)
+        self.repeats = {name: _repeats(call, min_seconds) for name, call in candidates.items()}
+
+    def round(self) -> dict[str, float]:
+        """Each candidate once: name -> seconds per call."""
+        spent = {}
+        for name in self._order:
+            spent[name] = _clock(self._candidates[name], self.repeats[name]) / self.repeats[name]
+        self._order.reverse()
+        return spent
+
+
 def time_interleaved(
     candidates: Mapping[str, Callable[[], object]],
     *,
@@ -101,9 +157,8 @@ def time_interleaved(
     """Time several calls in turns: round after round, each candidate once per round.
 
     Each candidate runs once, and ``check`` is given what they returned; only when it has returned
-    is anything timed. The order within a round is reversed in every second round, so that none
-    always runs on the caches of the same neighbour. The garbage collector is off while the clock
-    runs. On a GPU each call is followed by a synchronisation.
+    is anything timed, as :class:`Interleaved` does it. The garbage collector is off while the clock
+    runs.
 
     Args:
         candidates: name -> call without arguments.
@@ -129,15 +184,12 @@ def time_interleaved(
         for _ in range(warmup - 1):
             for call in candidates.values():
                 call()
-        repeats = {name: _repeats(call, min_seconds) for name, call in candidates.items()}
+        turns = Interleaved(candidates, min_seconds=min_seconds)
         seconds: dict[str, list[float]] = {name: [] for name in candidates}
-        order = list(candidates)
-        with _no_garbage_collection():
+        with no_garbage_collection():
             for _ in range(rounds):
-                for name in order:
-                    spent = _clock(candidates[name], repeats[name])
-                    seconds[name].append(spent / repeats[name])
-                order.reverse()
+                for name, spent in turns.round().items():
+                    seconds[name].append(spent)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
@@ -184,56 +236,6 @@ def latency_table(
     return rows
 
 
-def machine() -> Machine:
-    """What this machine is: processor, cores the process may use, memory, ISA, GPU, system."""
-    found = Machine(
-        cpu=_cpu_model(),
-        cores=_usable_cores(),
-        isa=_isa(),
-        system=f"{platform.system()} {platform.machine()}",
-    )
-    memory = _memory_gib()
-    if memory is not None:
-        found["memory_gib"] = memory
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
-    return found
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide the numbers, of what is installed. Nothing is imported for it."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("slimkern", "torch", "transformers", "triton", "numpy", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def now() -> str:
-    """The date and time, ISO 8601 in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def machine_line() -> str:
-    """One line to print above numbers: machine, ISA, threads, torch, date."""
-    here = machine()
-    parts = [
-        here["cpu"],
-        f"{here['cores']} cores",
-        f"ISA {here['isa']}",
-        f"{torch.get_num_threads()} threads",
-        f"torch {torch.__version__}",
-        now(),
-    ]
-    if "gpu" in here:
-        parts.insert(1, here["gpu"])
-    return ", ".join(parts)
-
-
 def _clock(call: Callable[[], object], repeats: int) -> float:
     """Seconds of ``repeats`` calls, the GPU's queue drained before and after."""
     _synchronize()
@@ -257,7 +259,8 @@ def _synchronize() -> None:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Collect now, and not before the block ends."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -266,31 +269,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _cpu_model() -> str:
-    """The processor's name as the system tells it, or its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory_gib() -> float | None:
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-
-
-def _isa() -> str:
-    from slimkern import cpu
-
-    return str(cpu.isa())

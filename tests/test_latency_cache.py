@@ -12,7 +12,7 @@ from tiny_models import FAMILIES
 from torch import nn
 
 import slimkern
-from slimkern import latency, latency_cache, timing
+from slimkern import latency, latency_cache, machine, timing
 from slimkern.latency import measure_latency
 
 
@@ -57,10 +57,10 @@ def test_what_decides_the_time_decides_the_file(bert, clock, tmp_path, monkeypat
     assert files(FAMILIES["bert"](dtype=torch.bfloat16)) == 5
     assert files(FAMILIES["bert"](hidden_act="relu")) == 6
     assert files(FAMILIES["bert"](attention="eager")) == 7
-    machine = timing.machine()
-    monkeypatch.setattr(timing, "machine", lambda: {**machine, "cpu": "another"})
+    here = machine.machine()
+    monkeypatch.setattr(machine, "machine", lambda: {**here, "cpu": "another"})
     assert files() == 8
-    monkeypatch.setattr(timing, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr(machine, "versions", lambda: {"torch": "another"})
     assert files() == 9
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

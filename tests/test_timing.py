@@ -8,8 +8,13 @@ import time
 import pytest
 import torch
 
-from slimkern import timing
-from slimkern.timing import latency_table, pinned_threads, time_interleaved
+from slimkern.timing import (
+    Interleaved,
+    latency_table,
+    pinned_threads,
+    ratio,
+    time_interleaved,
+)
 
 
 def nothing(outputs: dict[str, object]) -> None:
@@ -117,13 +122,28 @@ def test_latency_rows():
         assert 0 < row["slim_min"] <= row["slim_median"]
 
 
-def test_the_machine_is_described():
-    here = timing.machine()
-    assert here["cpu"]
-    assert here["cores"] >= 1
-    assert here["isa"] in ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-    line = timing.machine_line()
-    assert here["cpu"] in line
-    assert f"torch {torch.__version__}" in line
-    assert timing.versions()["torch"] == torch.__version__
-    assert timing.now().endswith("+00:00")
+def test_a_round_reverses_the_order_and_counts_repeats():
+    calls: list[str] = []
+    turns = Interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
+    assert turns.repeats == {"a": 1, "b": 1}
+    assert set(turns.round()) == {"a", "b"}
+    turns.round()
+    assert calls == ["a", "b", "b", "a"]
+
+
+def test_a_ratio_is_of_the_rounds_and_its_interval_covers_at_least_95_percent():
+    drifting = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    same = ratio([2 * t for t in drifting], drifting)
+    assert (same.median, same.low, same.high) == (2.0, 2.0, 2.0)
+    assert same.level == 1 - 2 / 64
+    nine = ratio([float(i) for i in range(1, 10)], [1.0] * 9)
+    assert (nine.median, nine.low, nine.high) == (5.0, 2.0, 8.0)
+    assert nine.level == 1 - 2 * 10 / 512
+    three = ratio([3.0, 1.0, 2.0], [1.0] * 3)
+    assert (three.low, three.high, three.level) == (1.0, 3.0, 0.75)
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0])])
+def test_a_ratio_needs_the_same_rounds(a, b):
+    with pytest.raises(ValueError, match="rounds"):
+        ratio(a, b)

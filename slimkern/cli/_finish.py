@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import slimkern
-from slimkern import timing
+from slimkern import machine
 from slimkern.cli import _measure
 from slimkern.cli._gradual import STAGE
 from slimkern.cli._one_shot import CUT, HEAL, Variant, family_variants, main_variant
@@ -105,9 +105,9 @@ def complete(
     results: Results = {
         "title": title,
         "command": " ".join(["slimkern", *sys.argv[1:]]),
-        "date": timing.now(),
-        "machine": timing.machine(),
-        "versions": timing.versions(),
+        "date": machine.now(),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
         "method": run.settings.method,
         "model": {"name": run.name, "architecture": type(slim).__name__, **described["model"]},
         "data": described["data"],

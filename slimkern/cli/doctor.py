@@ -48,9 +48,9 @@ def doctor(
 
 def examine() -> list[Finding]:
     """All findings, in the order they are shown."""
-    from slimkern import timing
+    from slimkern import machine
 
-    found = timing.versions()
+    found = machine.versions()
     versions = ", ".join(f"{name} {version}" for name, version in found.items())
     findings = [Finding("versions", "ok", versions), *_packages()]
     findings += _guarded("instruction sets", _isas)
@@ -99,9 +99,9 @@ def _isas() -> Iterator[Finding]:
 def _threads() -> Iterator[Finding]:
     import torch
 
-    from slimkern import cpu, timing
+    from slimkern import cpu, machine
 
-    here = timing.machine()
+    here = machine.machine()
     detail = (
         f"{cpu.threads()} per kernel (torch {torch.get_num_threads()}) on {here['cores']} "
         f"usable cores: {here['cpu']}"

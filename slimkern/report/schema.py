@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from slimkern.timing import LatencyRow, Machine
+from slimkern.machine import Machine
+from slimkern.timing import LatencyRow
 
 if TYPE_CHECKING:
     from slimkern.plan import SlimPlan
