@@ -41,12 +41,24 @@ def machine() -> Machine:
     return found
 
 
-def versions() -> dict[str, str]:
-    """The versions that decide the numbers, of what is installed. Nothing is imported for it."""
+def versions(*further: str) -> dict[str, str]:
+    """The versions that decide the numbers, of what is installed. Nothing is imported for it.
+
+    Args:
+        further: names of distributions beside those that slimkern itself needs.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("slimkern", "torch", "transformers", "triton", "numpy", "safetensors"):
+    for package in (
+        "slimkern",
+        "torch",
+        "transformers",
+        "triton",
+        "numpy",
+        "safetensors",
+        *further,
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
