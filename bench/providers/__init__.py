@@ -1,0 +1,32 @@
+"""Who does the work of ops, layers and models: torch, other runtimes, slimkern.
+
+Importing this imports no other runtime; a provider does that when it is asked to prepare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.providers.base import Provider
+from bench.providers.eager import Eager
+
+
+def inference_providers(names: Sequence[str] | None = None) -> list[Provider]:
+    """Providers of ops, layers and models, in the order in which they are shown.
+
+    Args:
+        names: only these; ``None`` for all. The order is always that of the tables.
+
+    Raises:
+        ValueError: there is no provider of that name.
+    """
+    known: list[Provider] = [Eager()]
+    if names is None:
+        return known
+    accepted = [provider.name for provider in known]
+    unknown = [name for name in names if name not in accepted]
+    if unknown:
+        raise ValueError(
+            f"names has {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}"
+        )
+    return [provider for provider in known if provider.name in names]
