@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from slimkern.plan import SlimPlan
 from slimkern.report.speed_schema import Level, Precision
 
 Outputs = tuple[Tensor, ...]
@@ -48,6 +49,8 @@ class Work:
         compiled: on the short list of what ``torch.compile`` is measured on.
         smoke: small enough for the smoke run.
         tags: what providers ask for, such as ``slim`` or ``indexed``.
+        dense: of a slim work, builds the module before the cut; plan: what stays of it, in names
+            of the module (see :mod:`bench.slims`). ``None`` where nothing was cut.
     """
 
     level: Level
@@ -63,6 +66,8 @@ class Work:
     compiled: bool = False
     smoke: bool = False
     tags: frozenset[str] = field(default_factory=frozenset)
+    dense: Callable[[], nn.Module] | None = None
+    plan: Callable[[], SlimPlan] | None = None
 
     @property
     def case(self) -> str:
