@@ -145,11 +145,27 @@ def bound(work: Work, precision: Precision, eager_error: float) -> float:
     """
     if not 0.0 <= eager_error < float("inf"):
         raise ValueError(f"eager_error is {eager_error}; accepted: a finite number, at least 0")
-    sums = work.roundings**0.5 * UNIT_FP32
+    return eager_error + sum(number**0.5 * unit for number, unit in _roundings(work, precision))
+
+
+def worst_case(work: Work, precision: Precision) -> float:
+    """What :func:`error` of plain PyTorch itself may be, which nothing else is held against.
+
+    The rounding errors of :func:`bound`, but all of one sign, so that they add up in full. It is
+    wide on purpose: it tells a broken reference or installation from rounding, no more.
+
+    Raises:
+        ValueError: ``precision`` is unknown.
+    """
+    return sum(number * unit for number, unit in _roundings(work, precision))
+
+
+def _roundings(work: Work, precision: Precision) -> tuple[tuple[float, float], ...]:
+    """(number of independent rounding errors, what each is at most), as :func:`bound` derives."""
     if precision == "fp32":
-        return eager_error + sums
+        return ((work.roundings, UNIT_FP32),)
     if precision == "fp32-high":
-        return eager_error + 3**0.5 * sums + (1.5 * work.stores) ** 0.5 * UNIT_BF16X2
+        return ((3.0 * work.roundings, UNIT_FP32), (1.5 * work.stores, UNIT_BF16X2))
     if precision in ("fp32-medium", "bf16"):
-        return eager_error + sums + work.stores**0.5 * UNIT_BF16
+        return ((work.roundings, UNIT_FP32), (work.stores, UNIT_BF16))
     raise ValueError(f"precision is {precision!r}; accepted: {', '.join(PRECISIONS)}")

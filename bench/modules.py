@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -107,7 +109,7 @@ class Encoder(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
-def bert_config(H: int, heads: int, width: int, layers: int, vocabulary: int = 30522):
+def bert_config(H: int, heads: int, width: int, layers: int, vocabulary: int = 30522) -> Any:
     """A BertConfig on SDPA."""
     from transformers import BertConfig
 
@@ -121,7 +123,7 @@ def bert_config(H: int, heads: int, width: int, layers: int, vocabulary: int = 3
     )
 
 
-def random_encoder(config: object) -> Encoder:
+def random_encoder(config: Any) -> Encoder:
     """An encoder with random weights."""
     from transformers import BertModel
 
@@ -131,8 +133,14 @@ def random_encoder(config: object) -> Encoder:
 def trained_encoder(folder: str) -> Encoder:
     """An encoder with the weights of a folder."""
     from transformers import BertModel
+    from transformers.utils import logging
 
-    model = BertModel.from_pretrained(
-        folder, add_pooling_layer=False, attn_implementation="sdpa", dtype=torch.float32
-    )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = BertModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    model.pooler = None  # its output is not asked for; loading without it warns of its weights
     return Encoder(model.eval())

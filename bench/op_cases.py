@@ -84,7 +84,8 @@ def _in_smoke(case: Case) -> Case:
     taken = {"17-63-130-contiguous", "33-96-64-R48-contiguous", "63-63-63-C21-contiguous"}
     if case.id not in taken:
         return case
-    return replace(case, uses=case.uses | {"smoke"}, backward=True, compiled=case.R is None)
+    dense = case.R is None and case.C is None
+    return replace(case, uses=case.uses | {"smoke"}, backward=True, compiled=dense)
 
 
 # The linears of an encoder of width 384, dense and with what the reference recipe leaves (320 of

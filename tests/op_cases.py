@@ -1,4 +1,6 @@
-"""Cases of the ops, and the measuring stick: what error a kernel may have.
+"""The tests' cases of the ops, and the measuring stick: what error a kernel may have.
+
+The shapes stand in ``bench/op_cases.py``, which the benchmarks read too.
 
 The inputs are rounded to the dtype under test first; then the equation is evaluated on them in
 fp64 (exact, for the purpose), by eager torch in that dtype, and by the kernel. A kernel's error may
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.op_cases import Case, cases
+
 # Unit roundoff: half a unit in the last place, relative.
 ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -24,69 +28,7 @@ ROUNDOFF = {
     torch.bfloat16: 2.0**-8,
 }
 
-
-@dataclass(frozen=True)
-class Case:
-    """One shape of ``indexed_linear``.
-
-    Attributes:
-        lead: leading dimensions of x.
-        N, K: the shape of weight.
-        R, C: how many rows and columns are kept; None: no index is given.
-        bias: whether there is one.
-        layout: ``contiguous``; ``transposed`` (x and the weight); ``sliced`` (every second column
-            of larger tensors).
-    """
-
-    lead: tuple[int, ...]
-    N: int
-    K: int
-    R: int | None = None
-    C: int | None = None
-    bias: bool = True
-    layout: str = "contiguous"
-
-    @property
-    def id(self) -> str:
-        """The name in a test's id."""
-        lead = "x".join(map(str, self.lead)) or "none"
-        kept = "".join(f"-{n}{v}" for n, v in (("R", self.R), ("C", self.C)) if v is not None)
-        extra = "" if self.bias else "-nobias"
-        return f"{lead}-{self.N}-{self.K}{kept}{extra}-{self.layout}"
-
-
-def _cases() -> list[Case]:
-    cases = [
-        Case((m,), n, k) for m, n, k in ((1, 1, 1), (17, 63, 130), (130, 17, 63), (63, 130, 1))
-    ]
-    for m, n, k in ((1, 17, 63), (17, 130, 17), (63, 63, 63), (130, 130, 130), (33, 96, 64)):
-        cases += [
-            Case((m,), n, k, R=n // 2, C=None),
-            Case((m,), n, k, R=None, C=max(1, k // 3)),
-            Case((m,), n, k, R=max(1, n // 3), C=k - 1, bias=False),
-        ]
-    cases += [
-        Case((), 63, 17, R=9, C=8),
-        Case((3, 5, 7), 63, 17, R=9, C=8),
-        Case((0,), 17, 17, R=3, C=4),
-        Case((2, 0), 17, 17),
-        Case((17,), 17, 63, R=0, C=5),
-        Case((17,), 17, 63, R=5, C=0),
-        Case((17,), 17, 63, R=0, C=0, bias=False),
-        Case((17,), 17, 63, R=17, C=63),
-        Case((300,), 70, 600, R=40, C=520),  # several blocks in each direction of the reduction
-        Case((130,), 300, 40, R=290),
-    ]
-    for layout in ("transposed", "sliced"):
-        cases += [
-            Case((63,), 130, 17, layout=layout),
-            Case((63,), 130, 17, R=63, C=9, layout=layout),
-            Case((2, 17), 63, 130, R=17, C=63, bias=False, layout=layout),
-        ]
-    return cases
-
-
-CASES = _cases()
+CASES = cases("test")
 IDS = [case.id for case in CASES]
 
 
