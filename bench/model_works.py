@@ -75,8 +75,7 @@ def model_works(smoke: bool) -> list[Work]:
     short: tuple[Shape, ...] = ((8, 128), (1, 16))
     works = []
     for cut in (None, even("slim", MINILM, 320, 5)):
-        works += _model(MINILM, cut, SHAPES, compiled=short)
-        works += _model(MINILM, cut, ((8, 128),), padded=True)
+        works += _model(MINILM, cut, SHAPES, compiled=short, padded=((8, 128),))
     slim = even("slim", BGE_SMALL, 320, 5)
     works += _model(BGE_SMALL, None, SHAPES)
     works += _model(BGE_SMALL, slim, SHAPES, compiled=((8, 128),))
@@ -151,10 +150,10 @@ def _model(
     cut: Cut | None,
     shapes: tuple[Shape, ...],
     compiled: tuple[Shape, ...] = (),
-    padded: bool = False,
+    padded: tuple[Shape, ...] = (),
     smoke: bool = False,
 ) -> list[Work]:
-    """An encoder of ``size``, or cut; ``padded``: sentences of other lengths in a batch."""
+    """An encoder of ``size``, or cut; ``padded`` shapes have sentences of several lengths."""
     build: Callable[[], nn.Module] = partial(_build_model, size)
     made = cut and SlimBuild(build, partial(_tokens, size, False, 2, 8), cut.ffn, cut.heads)
     kept = cut or even("dense", size, size.width, size.heads)
@@ -162,17 +161,17 @@ def _model(
         Work(
             level="model",
             name=f"{size.name} {kept.name}",
-            shape=f"{B}x{T}" + padded * " padded",
+            shape=f"{B}x{T}" + pad * " padded",
             build=made or build,
-            inputs=partial(_tokens, size, padded, B, T),
+            inputs=partial(_tokens, size, pad, B, T),
             **_model_figures(size, kept, B, T),
-            compiled=(B, T) in compiled,
+            compiled=(B, T) in compiled and not pad,
             smoke=smoke,
-            tags=frozenset({"model", *(("slim",) if made else ()), *(("padded",) * padded)}),
+            tags=frozenset({"model", *(("slim",) if made else ()), *(("padded",) if pad else ())}),
             dense=build if made else None,
             plan=made.plan if made else None,
         )
-        for B, T in shapes
+        for pad, (B, T) in (*((False, s) for s in shapes), *((True, s) for s in padded))
     ]
 
 

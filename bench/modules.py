@@ -127,7 +127,7 @@ def random_encoder(config: Any) -> Encoder:
     """An encoder with random weights."""
     from transformers import BertModel
 
-    return Encoder(randomize(BertModel(config, add_pooling_layer=False)))
+    return Encoder(randomize(BertModel(config, add_pooling_layer=False))).eval()
 
 
 def trained_encoder(folder: str) -> Encoder:
@@ -143,4 +143,4 @@ def trained_encoder(folder: str) -> Encoder:
         if shown:
             logging.enable_progress_bar()
     model.pooler = None  # its output is not asked for; loading without it warns of its weights
-    return Encoder(model.eval())
+    return Encoder(model).eval()
