@@ -72,6 +72,8 @@ def run_module(
 
 def reference(work: Work) -> Outputs:
     """The outputs in fp64: of the same weights and inputs, which are float32 numbers."""
+    if work.reference is not None:
+        return work.reference()
     return run_module(work, work.build().double(), cast(work.inputs(), torch.float64))
 
 
