@@ -43,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_STARTED] = time.perf_counter()
+    config.option.benchmark_quiet = True  # its table shows subjects only; bench.report shows all
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -105,9 +106,10 @@ def _command() -> str:
 def pytest_benchmark_generate_json(benchmarks: Any) -> Any:
     """A benchmark whose test failed stays in the file: its rows say what is wrong."""
     for benchmark in benchmarks:
-        benchmark.has_error = False
+        benchmark.fixture.has_error = False
     return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     terminalreporter.write_line(machine.machine_line())
+    terminalreporter.write_line("python -m bench.report RESULTS.json shows what was measured")
