@@ -17,6 +17,8 @@ MINUS, TIMES = "\u2212", "\u00d7"  # typographic, written so that nobody takes t
 
 INK, GRID, TRACK = "#010203", "#040506", "#070809"
 DENSE, SLIM, WARM = "#0a0b0c", "#0d0e0f", "#101112"
+PALETTE = tuple(f"#2{i}2{i}2{i}" for i in range(10))
+"""One colour per line or provider, ``--p0`` to ``--p9``: for pages that define them."""
 _VARIABLES = {
     INK: "var(--ink)",
     GRID: "var(--line)",
@@ -24,6 +26,7 @@ _VARIABLES = {
     DENSE: "var(--dense)",
     SLIM: "var(--slim)",
     WARM: "var(--warm)",
+    **{colour: f"var(--p{i})" for i, colour in enumerate(PALETTE)},
 }
 STYLE: Any = {
     "svg.fonttype": "none",
