@@ -33,8 +33,8 @@ enum Kind : int { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 constexpr double kNotBuilt = -1;  // not with this compiler, or not on this family of processors
 
-volatile float one = 1.0f;  // read at run time, so that no arithmetic is done by the compiler
-volatile float sink;        // results end here, so that no loop is dead
+volatile float one = 1.0f;         // read at run time, so that no arithmetic is done by the compiler
+thread_local volatile float sink;  // results end here, so that no loop is dead
 
 // -- Arithmetic in registers --------------------------------------------------------------------
 // Independent chains x = x * a + b, more of them than latency times ports. With a = b = 1/2 they
