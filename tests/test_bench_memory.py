@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import memory
-from bench.memory import peak_growth, unavailable
+from slimkern import memory
+from slimkern.memory import peak_growth, unavailable
 
 MB = 10**6
 SIZE = 200 * MB
