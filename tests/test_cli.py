@@ -45,7 +45,7 @@ def test_version_is_quick():
 def test_help_names_the_commands():
     shown = run("--help")
     assert shown.exit_code == 0
-    for name in ("inspect", "slim", "demo", "doctor"):
+    for name in ("inspect", "slim", "bench", "demo", "doctor"):
         assert name in shown.output
         assert run(name, "--help").exit_code == 0
 
@@ -115,7 +115,7 @@ def test_what_can_not_be_removed_is_said(tmp_path):
     assert "Conv1D" in shown.output
 
 
-@pytest.mark.parametrize("command", ["inspect"])
+@pytest.mark.parametrize("command", ["inspect", "bench"])
 def test_errors_are_one_line(command, tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "empty"):

@@ -176,15 +176,15 @@ def check_training(values: Mapping[str, Any], given: Iterable[str]) -> None:
             raise refuse(name, f"has no effect: {why}")
 
 
-def parse_shape(text: str) -> tuple[int, int]:
-    """``8x128`` as (batch, tokens).
+def parse_shape(text: str, name: str = "latency_shape") -> tuple[int, int]:
+    """``8x128``, given to the option ``name``, as (batch, tokens).
 
     Raises:
         BadParameter: the text is no such shape.
     """
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
     if found is None:
-        raise refuse("latency_shape", f"{text!r} is not accepted; accepted: BATCHxTOKENS, as 8x128")
+        raise refuse(name, f"{text!r} is not accepted; accepted: BATCHxTOKENS, as 8x128")
     return int(found[1]), int(found[2])
 
 

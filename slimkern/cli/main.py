@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from slimkern.cli.bench import bench
 from slimkern.cli.demo import demo
 from slimkern.cli.doctor import doctor
 from slimkern.cli.inspect import inspect
@@ -82,6 +83,7 @@ def slimkern(
 
 app.command()(inspect)
 app.command()(slim)
+app.command()(bench)
 app.command()(demo)
 app.command()(doctor)
 

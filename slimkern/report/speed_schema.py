@@ -74,6 +74,17 @@ class Limit(TypedDict):
     """Bytes of the working set it was measured with (0 where that has no meaning)."""
 
 
+class ModelSize(TypedDict):
+    """How large a model is."""
+
+    parameters: int
+    """All of them; a tied one counts once."""
+    layer_parameters: int
+    """Those outside of embedding tables."""
+    weight_bytes: int
+    """Of all parameters, in the dtype that was timed."""
+
+
 class SpeedResults(TypedDict, total=False):
     """A run. ``title, command, date, machine, versions, threads, rows`` are always there."""
 
@@ -88,4 +99,6 @@ class SpeedResults(TypedDict, total=False):
     """How long the whole run took."""
     limits: list[Limit]
     rows: list[SpeedRow]
+    models: dict[str, ModelSize]
+    """By provider, where the providers are models of different sizes."""
     notes: list[str]
