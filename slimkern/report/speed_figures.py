@@ -47,6 +47,8 @@ def sparsity_lines(blocks: Sequence[Block], colours: Mapping[str, int], name: st
             colour = PALETTE[colours[provider]]
             marker = _MARKERS[colours[provider]]
             axes.plot(x, y, color=colour, linewidth=2.2, marker=marker, markersize=6)
+            if x[-1] < placed[-1][0]:  # measured at less sparsity only: carried to its name
+                axes.plot([x[-1], placed[-1][0]], [y[-1]] * 2, color=colour, linestyle=":")
             ends.append((y[-1], provider, colour))
         floors = [(s, _floor(b)) for s, b in placed if _floor(b)]
         if len(floors) > 1:

@@ -238,6 +238,8 @@ def _training(reading: Reading, work: str) -> str:
     for precision in reading.precisions("training"):
         own = {b.shape: b for b in blocks if b.precision == precision}
         for provider in reading.providers_of(list(own.values())):
+            if precision in _BETWEEN and not is_own(provider):
+                continue
             cells = [_pair([own.get(s)], provider, _fastest(own.get(s))) for s in shapes]
             lines.append(_row([precision, provider, *cells]))
     return "\n".join(lines)
