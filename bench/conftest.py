@@ -59,7 +59,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
-    """What holds for the whole run; the machine's limits are measured first."""
+    """What holds for the whole run; the limits are measured at both ends."""
     threads, device = pytestconfig.getoption("threads"), pytestconfig.getoption("device")
     smoke = pytestconfig.getoption("smoke")
     asked = pytestconfig.getoption("providers")
@@ -73,7 +73,8 @@ def suite(pytestconfig: pytest.Config) -> Iterator[Suite]:
         limits=limits.measure(threads, device),
     )
     pytestconfig.stash[_SUITE] = made
-    return made
+    yield made
+    made.finish()
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
