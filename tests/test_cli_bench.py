@@ -229,6 +229,7 @@ def test_refusals(dense, slim, tmp_path):
         ([dense, "--dense", dense], "--dense is given, but MODEL is"),
         ([dense, "--slim", dense], "--slim is "),
         ([dense, "--slim", slim, "--ffn2-sparsity", "0.5"], "--slim and --ffn2-sparsity are both"),
+        ([dense, "--ffn2-sparsity", "0.1"], "removes nothing from MODEL (FFN channels 80 of 80)"),
         ([tmp_path / "t5"], "an encoder-decoder; accepted: encoders and decoders of token ids"),
         ([tmp_path / "vit"], "a model of pixel_values; accepted"),
         ([slim, "--shape", "8"], "--shape"),

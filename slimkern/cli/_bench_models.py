@@ -249,6 +249,12 @@ def _cut(dense: nn.Module, values: Mapping[str, Any]) -> list[Candidate]:
     plan = make_plan(
         found.groups, scores, sparsities["ffn"], sparsities["mha"], multiple_of=multiple
     )
+    if all(len(e.keep) == e.group.num_units for e in plan.entries):
+        asked = " ".join(f"{_flag(a)} {sparsities[k]:g}" for k, (a, _) in _WHAT.items())
+        raise ValueError(
+            f"{asked} with --round-multiplier {multiple} removes nothing from MODEL "
+            f"({widths(plan)}); accepted: a larger sparsity or a smaller multiplier"
+        )
     slim = slim_(copy.deepcopy(dense), plan)
     return [Candidate("slim", slim, f"what a cut would leave, units drawn: {widths(plan)}")]
 
