@@ -5,8 +5,8 @@ and AdamW. The share that is masked is told by the label: ``16x48, 80%`` is batc
 with 80 % of the FFN's channels masked, and 60 % of the heads.
 
 Full-size, mask-multiplied and already slim models have parameters of different sizes, so what is
-compared is what they share: the loss, gradients of parameters that no mask touches, and the
-gradients of single kept units.
+compared is what they share: the loss, gradients of parameters that no mask touches, and gradients
+of some kept units.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from slimkern.selection import kept_units
 # FFN channels -> heads, as fractions removed: heads are fewer, and dearer to lose.
 SPARSITIES = {0.0: 0.0, 0.25: 0.25, 0.5: 0.5, 0.8: 0.6}
 
-Index = tuple[slice, ...]
+Index = tuple[slice | Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ def probes(model: nn.Module, plan: SlimPlan, *, slim: bool) -> list[tuple[nn.Par
 
     The scale of the embeddings' LayerNorm, the word embeddings and the shift of the last LayerNorm;
     then, of the first and the last layer, the last kept head and the last kept FFN channel: its
-    rows and columns of every linear. The parts are views, which cost nothing.
+    rows and columns of every linear, as views, which cost nothing; and all kept entries of the
+    first FFN bias, as a single one may be near zero, where its relative error says nothing.
 
     Args:
         model: an `Encoder`, dense, masked or slim.
@@ -203,10 +204,11 @@ def probes(model: nn.Module, plan: SlimPlan, *, slim: bool) -> list[tuple[nn.Par
             linear = model.get_submodule(member.name)
             part = slice(unit * member.unit_size, (unit + 1) * member.unit_size)
             rows = member in entry.group.producers
-            index = (part,) if rows else (slice(None), part)
-            found.append((linear.get_parameter("weight"), index))
+            found.append((linear.get_parameter("weight"), (part,) if rows else (slice(None), part)))
             if rows and entry.group.kind == "ffn":  # a key's bias has no gradient, exactly
-                found.append((linear.get_parameter("bias"), index))
+                bias = linear.get_parameter("bias")
+                kept = torch.tensor(entry.keep, device=bias.device)
+                found.append((bias, () if slim else (kept,)))
     return found
 
 
