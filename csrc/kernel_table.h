@@ -55,13 +55,82 @@ struct GemmKernel {
 // out[j] = sum over i of a[i, j], for columns n; out is gathered by its index.
 using ColumnSum = void (*)(const MatView& a, int64_t rows, Range n, const VecView& out);
 
+// How the products of a packed linear are computed; sums are always float.
+enum class Math {
+  kFp32 = 0,    // float products
+  kBf16 = 1,    // both operands rounded to bfloat16
+  kBf16x3 = 2,  // both operands as the sum of two bfloat16: hi*hi + hi*lo + lo*hi
+  kBf16x6 = 3,  // ... of three: the six products of at least 2^-16
+};
+constexpr int kMathCount = 4;
+
+// y = x Wt (+ bias) with W [N, K] packed once. An operand is a block of rows of x in the form that
+// multiply reads; its layout, like that of a packed weight, is the kernel's own business.
+// Null functions: this instruction set has no such Math. Packed weights and operands begin at a
+// multiple of kLinearAlignment bytes.
+constexpr int64_t kLinearAlignment = 64;
+
+struct LinearKernel {
+  int rows;  // blocks of x are best a multiple of it
+  int nr;    // columns of a panel: ranges of columns begin at a multiple of it
+  int64_t (*packed_bytes)(int64_t N, int64_t K);
+  // w[n, k] = data[n * row_stride + k * col_stride], of storage type dtype (float32, bfloat16).
+  void (*pack)(const MatView& w, DType dtype, int64_t N, int64_t K, void* packed);
+  // Bytes of an operand of `rows` rows; 0: float rows with any row stride are read as they are.
+  int64_t (*operand_bytes)(int64_t rows, int64_t K);
+  void (*load)(const void* x, DType dtype, int64_t stride, int64_t rows, int64_t K, void* operand);
+  // out[i, n - n.begin] (float, row stride out_stride) for the columns n of the weight;
+  // = bias[n] + sum (bias may be null), or += sum where `accumulate`.
+  // operand_stride: elements between rows, where operand_bytes is 0; else ignored.
+  void (*multiply)(const void* operand, int64_t operand_stride, int64_t rows, int64_t K,
+                   const void* packed, Range n, const float* bias, bool accumulate, float* out,
+                   int64_t out_stride);
+};
+
+enum class Activation { kNone = 0, kRelu, kSquaredRelu, kGelu, kGeluTanh, kQuickGelu, kSilu };
+constexpr int kActivationCount = 7;
+
+enum class Norm { kNone = 0, kLayer, kRms };
+
+// Passes over rows of a block that lies in the cache; strides count elements.
+struct RowKernel {
+  // x = a(x)
+  void (*activate)(Activation a, float* x, int64_t stride, int64_t rows, int64_t cols);
+  // gate = a(gate) * up
+  void (*gate)(Activation a, float* gate, const float* up, int64_t stride, int64_t rows,
+               int64_t cols);
+  // s = x + residual (may be null); out = norm(s) * gamma + beta (either may be null); where `sum`
+  // is not null, s is stored there too (pre-norm blocks go on with it). residual and out are of
+  // storage type dtype, x and sum float.
+  void (*add_norm)(Norm norm, const float* x, int64_t x_stride, const void* residual,
+                   int64_t residual_stride, const float* gamma, const float* beta, float eps,
+                   DType dtype, void* out, int64_t out_stride, float* sum, int64_t sum_stride,
+                   int64_t rows, int64_t cols);
+  // One step of a streaming softmax over a block of keys: s = scale * s + bias (may be null; row
+  // stride bias_stride, 0 repeats one row); with m' = max(m, max s): s = exp(s - m'),
+  // l = l exp(m - m') + sum s, and the factor exp(m - m') goes to `rescale`. m starts at -inf and
+  // l at 0; a row that has seen only -inf keeps m = -inf, s = 0, rescale = 1.
+  void (*softmax_block)(float* s, int64_t stride, const float* bias, int64_t bias_stride,
+                        float scale, float* m, float* l, float* rescale, int64_t rows,
+                        int64_t keys);
+  // x *= factor[row], per row.
+  void (*scale_rows)(float* x, int64_t stride, const float* factor, int64_t rows, int64_t cols);
+  // Conversions of rows between storage types (float32, bfloat16).
+  void (*convert)(const void* x, DType from, int64_t x_stride, void* out, DType to,
+                  int64_t out_stride, int64_t rows, int64_t cols);
+};
+
 struct KernelTable {
   GemmKernel gemm[3];      // indexed by DType
   ColumnSum column_sum[3];
+  LinearKernel linear[kMathCount];
+  RowKernel rows;
 };
 
 extern const KernelTable kScalar;
 extern const KernelTable kAvx2;
 extern const KernelTable kAvx512;
+extern const KernelTable kAvx512Bf16;
+extern const KernelTable kAmx;
 
 }  // namespace slimkern
