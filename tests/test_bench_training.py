@@ -41,7 +41,7 @@ def shifted(plan: SlimPlan, group: int) -> SlimPlan:
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "fp32-high"])
 def test_all_providers_agree_with_the_reference(sparsity: float, precision: Precision) -> None:
     work, setting = tiny(sparsity), Setting(precision)
     limit = bound(work, precision)

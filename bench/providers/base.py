@@ -42,5 +42,17 @@ class Provider(ABC):
         """
 
 
+def high_is_highest(work: Work, setting: Setting) -> str | None:
+    """Why plain torch is not asked for ``fp32-high`` again: on a CPU it does what ``fp32`` does.
+
+    Ops and layers are measured, so that this can be seen; models and steps would take minutes.
+    """
+    if setting.device != "cpu" or setting.precision != "fp32-high":
+        return None
+    if work.level in ("op", "layer"):
+        return None
+    return "as fp32: torch's own products on a CPU do not change with it (see ops and layers)"
+
+
 class ProviderError(RuntimeError):
     """A provider could not be set up; the message says what is wrong."""

@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 import slimkern
 from bench.providers._common import MATMUL, matmul_precision, wrong_device
-from bench.providers.base import Call, Provider
+from bench.providers.base import Call, Provider, high_is_highest
 from bench.training_cases import Index, TrainingWork, loss_of, outputs_of, probes
 from bench.work import Outputs, Setting, Work
 from slimkern.nn import MaskedLinear
@@ -66,7 +66,7 @@ class TrainingProvider(Provider):
     def refuses(self, work: Work, setting: Setting) -> str | None:
         if not isinstance(work, TrainingWork):
             return "takes training steps only"
-        return wrong_device(setting)
+        return wrong_device(setting) or high_is_highest(work, setting)
 
     def prepare(self, work: Work, setting: Setting) -> Call:
         if not isinstance(work, TrainingWork):
