@@ -64,12 +64,12 @@ enum class Math {
 };
 constexpr int kMathCount = 4;
 
-// y = x Wt (+ bias) with W [N, K] packed once. An operand is a block of rows of x in the form that
-// multiply reads; its layout, like that of a packed weight, is the kernel's own business.
-// Null functions: this instruction set has no such Math. Packed weights and operands begin at a
-// multiple of kLinearAlignment bytes.
+// Packed weights and operands begin at a multiple of so many bytes.
 constexpr int64_t kLinearAlignment = 64;
 
+// y = x Wt (+ bias) with W [N, K] packed once. An operand is a block of rows of x in the form that
+// multiply reads; its layout, like that of a packed weight, is the kernel's own business.
+// Null functions: this instruction set has no such Math.
 struct LinearKernel {
   int rows;  // blocks of x are best a multiple of it
   int nr;    // columns of a panel: ranges of columns begin at a multiple of it

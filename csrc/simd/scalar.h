@@ -1,6 +1,8 @@
 // The portable trait: one lane. The baseline of every target, and the path for double.
 #pragma once
 
+#include "dtypes.h"
+
 namespace slimkern {
 namespace {
 
@@ -16,7 +18,21 @@ struct Scalar {
   static Vec load(const T* p) { return *p; }
   static void store(T* p, Vec v) { *p = v; }
   static Vec broadcast(const T* p) { return *p; }
+  static Vec add(Vec a, Vec b) { return a + b; }
   static Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
+
+  // The first n of the lanes, 0 <= n <= kWidth; the others are zero, and are not touched.
+  static Vec load_first(const T* p, int n) { return n > 0 ? *p : T(0); }
+  static void store_first(T* p, Vec v, int n) {
+    if (n > 0) *p = v;
+  }
+  static Vec load(const bf16_t* p) { return widen(*p); }
+  static Vec load_first(const bf16_t* p, int n) { return n > 0 ? widen(*p) : T(0); }
+
+  // Rounded to bfloat16, nearest even; a NaN stays a NaN.
+  static Vec round_bf16(Vec v) { return widen(to_bf16(static_cast<float>(v))); }
+  // Rows become columns.
+  static void transpose(Vec (&)[kWidth]) {}
 };
 
 }  // namespace
