@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.providers.base import Provider
+from bench.providers.compiled import Compiled
 from bench.providers.eager import Eager
+from bench.providers.onnxruntime_ import OnnxRuntime
+from bench.providers.openvino_ import OpenVino
+from bench.providers.slim_ import HandSliced, TorchPruning
+from bench.providers.slimkern_ import slimkern_providers
 
 
 def inference_providers(names: Sequence[str] | None = None) -> list[Provider]:
@@ -20,7 +25,15 @@ def inference_providers(names: Sequence[str] | None = None) -> list[Provider]:
     Raises:
         ValueError: there is no provider of that name.
     """
-    known: list[Provider] = [Eager()]
+    known: list[Provider] = [
+        Eager(),
+        Compiled(),
+        OnnxRuntime(),
+        OpenVino(),
+        HandSliced(),
+        TorchPruning(),
+        *slimkern_providers(),
+    ]
     if names is None:
         return known
     accepted = [provider.name for provider in known]

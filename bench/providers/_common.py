@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.check import output_gradient
 from bench.providers.base import Call
 from bench.work import Outputs, Setting, Work
 
@@ -34,12 +35,6 @@ def wrong_device(setting: Setting) -> str | None:
 def dtype_of(setting: Setting) -> torch.dtype:
     """The dtype that weights and activations are held in."""
     return torch.bfloat16 if setting.precision == "bf16" else torch.float32
-
-
-def cotangent(y: Tensor) -> Tensor:
-    """``g`` of the backward pass, d(sum(y * g))/dy: normal, the same at every call; like ``y``."""
-    generator = torch.Generator().manual_seed(20)
-    return torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
 
 
 def placed(module: nn.Module, setting: Setting) -> nn.Module:
@@ -98,6 +93,7 @@ def forward_call(
 
 
 def backward_call(
+    work: Work,
     module: Callable[..., Tensor],
     parameters: list[nn.Parameter],
     inputs: tuple[Tensor, ...],
@@ -106,8 +102,9 @@ def backward_call(
     """One forward and the backward of ``sum(y * g)``: y, dx, then the parameters' gradients.
 
     Args:
+        work: whose g it is.
         module: called with ``inputs``.
-        parameters: whose gradients are returned, zeros for one that the output does not need.
+        parameters: whose gradients are returned.
         inputs: floating ones get a gradient, in their order; integers get none.
         setting: its matmul precision is active during the call.
     """
@@ -115,12 +112,12 @@ def backward_call(
     inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
     sought = [x for x in inputs if x.requires_grad] + parameters
     with torch.no_grad():
-        g = cotangent(module(*inputs))
+        g = output_gradient(work, module(*inputs))
 
     def call() -> Outputs:
         with torch.inference_mode(False), torch.enable_grad(), matmul_precision(name):
             y = module(*inputs)
-            grads = torch.autograd.grad(y, sought, g, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(y, sought, g)
         return (y.detach(), *grads)
 
     return call
@@ -130,5 +127,5 @@ def torch_call(work: Work, module: nn.Module, run: Callable[..., Tensor], settin
     """A call of ``run`` (the module itself, or compiled), backward where the work asks for it."""
     inputs = placed_inputs(work, setting)
     if work.backward:
-        return backward_call(run, list(module.parameters()), inputs, setting)
+        return backward_call(work, run, list(module.parameters()), inputs, setting)
     return forward_call(run, inputs, setting)

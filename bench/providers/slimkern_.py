@@ -1,0 +1,111 @@
+"""slimkern, once per set of kernels: the equation, each instruction set, Triton.
+
+``indexed_linear`` is called for works tagged ``indexed``. Everything else waits for ``fuse_``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+import slimkern
+from bench.providers._common import (
+    backward_call,
+    forward_call,
+    placed,
+    placed_inputs,
+    wrong_device,
+)
+from bench.providers.base import Call, Provider
+from bench.work import Outputs, Setting, Work
+from slimkern.report.speed_schema import PRECISIONS
+
+SCALAR_FLOPS = 1e9
+
+
+def slimkern_providers() -> list[Provider]:
+    """The reference, the instruction sets of this machine in rising order, Triton."""
+    kernels: list[Provider] = [Slimkern("reference", "reference")]
+    kernels += [Slimkern(isa, "cpu", isa) for isa in slimkern.cpu.available_isas()]
+    return [*kernels, Slimkern("triton", "triton")]
+
+
+class Slimkern(Provider):
+    """One set of kernels.
+
+    Attributes:
+        backend: the ops' ``backend``.
+        isa: the instruction set that is used during a call; None leaves it.
+    """
+
+    precisions = PRECISIONS
+
+    def __init__(self, label: str, backend: str, isa: str | None = None) -> None:
+        self.name = f"slimkern {label}"
+        self.backend, self.isa = backend, isa
+
+    def refuses(self, work: Work, setting: Setting) -> str | None:
+        device = {"cpu": "cpu", "triton": "cuda"}.get(self.backend, setting.device)
+        if device != setting.device:
+            return "runs on a GPU only" if device == "cuda" else "runs on the CPU only"
+        if "indexed" not in work.tags:
+            return self._refuses_fused(work)
+        if setting.precision in ("fp32-high", "fp32-medium"):
+            return "no kernel for this precision yet: the same as fp32"
+        if self.isa == "scalar" and work.flops > SCALAR_FLOPS:
+            return f"scalar code, and {work.flops:.1e} operations: over {SCALAR_FLOPS:.0e}"
+        return wrong_device(setting)
+
+    def _refuses_fused(self, work: Work) -> str | None:
+        if not hasattr(slimkern, "fuse_") or self.backend == "reference":
+            return "no kernel for this work yet"
+        return "fused modules are for inference" if work.backward else None
+
+    def prepare(self, work: Work, setting: Setting) -> Call:
+        module = placed(work.build(), setting)
+        inputs = placed_inputs(work, setting)
+        with self._in_use():
+            run = self._indexed(module) if "indexed" in work.tags else _fused(module)
+        if work.backward:
+            call = backward_call(work, run, list(module.parameters()), inputs, setting)
+        else:
+            call = forward_call(run, inputs, setting)
+
+        def with_isa() -> Outputs:
+            with self._in_use():
+                return call()
+
+        return with_isa
+
+    def _in_use(self) -> Any:
+        return nullcontext() if self.isa is None else _isa(self.isa)
+
+    def _indexed(self, module: Any) -> Callable[[Tensor], Tensor]:
+        from slimkern.ops import indexed_linear
+
+        def run(x: Tensor) -> Tensor:
+            return indexed_linear(
+                x, module.weight, module.bias, module.rows, module.cols, backend=self.backend
+            )
+
+        return run
+
+
+def _fused(module: nn.Module) -> nn.Module:
+    """The module on fused kernels, which take the precision of torch's own setting."""
+    fuse: Callable[..., nn.Module] = getattr(slimkern, "fuse_")  # noqa: B009 - not there yet
+    return fuse(module, precision=None)
+
+
+@contextmanager
+def _isa(name: str) -> Iterator[None]:
+    """Kernels of instruction set ``name`` for the time of a ``with``."""
+    before = slimkern.cpu.isa()
+    slimkern.cpu.set_isa(name)
+    try:
+        yield
+    finally:
+        slimkern.cpu.set_isa(before)
