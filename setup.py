@@ -23,15 +23,17 @@ CSRC = ROOT / "csrc"
 BASE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 X86_FLAGS = ["-march=x86-64"]
 
+AVX512_FLAGS = [
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c",
+    "-mprefer-vector-width=512",
+]  # fmt: skip
 # File stem in csrc/isa/ -> flags on top of the baseline. A stem that is not here is not built.
 ISA_FLAGS: dict[str, list[str]] = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c",
-        "-mprefer-vector-width=512",
-    ],
-}  # fmt: skip
+    "avx512": AVX512_FLAGS,
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+}
 
 
 def compiler() -> list[str]:

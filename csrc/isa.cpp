@@ -121,6 +121,8 @@ const KernelTable* isa_table(Isa isa) {
       return &kAvx2;
     case Isa::kAvx512:
       return &kAvx512;
+    case Isa::kAvx512Bf16:
+      return &kAvx512Bf16;
 #endif
     default:
       return nullptr;

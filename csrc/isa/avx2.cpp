@@ -3,13 +3,14 @@
 
 #include "kernels/column_sum.inl.h"
 #include "kernels/gemm.inl.h"
+#include "kernels/linear.inl.h"
 
 namespace slimkern {
 
 const KernelTable kAvx2 = {
     {gemm_kernel<Avx2, float>(), gemm_kernel<Avx2, bf16_t>(), gemm_kernel<Scalar<double>, double>()},
     {column_sum<float>, column_sum<bf16_t>, column_sum<double>},
-    {},
+    {linear_kernel<FloatWords<Avx2>>(), linear_kernel<RoundedWords<Avx2>>(), {}, {}},
     {},
 };
 

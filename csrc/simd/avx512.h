@@ -1,6 +1,10 @@
 // Sixteen float lanes, thirty-two registers: a 12 x 2 tile uses twenty-four as accumulators.
 #pragma once
 
+// GCC 12 takes the undefined lanes of its own intrinsics for a mistake.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include "dtypes.h"

@@ -1,0 +1,221 @@
+// Packed weight times a block of rows, written once over a SIMD trait and the form of its words.
+//
+// There is no blocking over k, and rows of x are not packed: a register tile of kMr rows
+// broadcasts from x and streams a panel of the weight. Panels outermost, row tiles within.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel_table.h"
+#include "kernels/linear_pack.inl.h"
+
+namespace slimkern {
+namespace {
+
+// Rows that stay in the second-level cache while all panels stream by.
+constexpr int kRowBlock = 96;
+
+template <class Words>
+constexpr int kPanel = Words::Simd::kWidth * Words::Simd::kVectors;
+
+// Words between rows of an operand: whole cache lines, and an odd number of them, so that the rows
+// of a tile do not compete for the same sets of the cache.
+template <class Words>
+int64_t row_words(int64_t K) {
+  const int64_t lines = (words_of(K, Words::kPerWord) + 15) / 16;
+  return 16 * (lines | 1);
+}
+
+template <class Words>
+int64_t linear_packed_bytes(int64_t N, int64_t K) {
+  const int64_t vectors = (N + Words::Simd::kWidth - 1) / Words::Simd::kWidth;
+  return vectors * Words::Simd::kWidth * words_of(K, Words::kPerWord) * 4;
+}
+
+// Vectors of the panel that begins `left` columns before the end.
+template <class Words>
+int panel_vectors(int64_t left) {
+  constexpr int kWidth = Words::Simd::kWidth;
+  return left >= kPanel<Words> ? Words::Simd::kVectors : static_cast<int>((left + kWidth - 1) / kWidth);
+}
+
+template <class Words, class T>
+void pack_weight(const MatView& w, int64_t N, int64_t K, float* packed) {
+  constexpr int kWidth = Words::Simd::kWidth;
+  const int64_t words = words_of(K, Words::kPerWord);
+  for (int64_t n0 = 0; n0 < N; n0 += kPanel<Words>) {
+    const int vectors = panel_vectors<Words>(N - n0);
+    const int64_t pitch = vectors * kWidth;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t n = n0 + v * kWidth;
+      const int count = clamp_count(N - n, kWidth);
+      float* out = packed + n0 * words + v * kWidth;
+      for (int64_t k = 0; k < K; k += kBlock, out += kBlock / Words::kPerWord * pitch) {
+        typename Words::Vec block[kBlock];
+        const int depth = clamp_count(K - k, kBlock);
+        load_block<typename Words::Simd, T>(w, n, count, k, depth, block);
+        Words::store_block(block, depth, out, pitch);
+      }
+    }
+  }
+}
+
+template <class Words>
+void linear_pack(const MatView& w, DType dtype, int64_t N, int64_t K, void* packed) {
+  if (dtype == DType::kBFloat16) {
+    pack_weight<Words, bf16_t>(w, N, K, static_cast<float*>(packed));
+  } else {
+    pack_weight<Words, float>(w, N, K, static_cast<float*>(packed));
+  }
+}
+
+template <class Words>
+int64_t linear_operand_bytes(int64_t rows, int64_t K) {
+  return Words::kRowsInPlace ? 0 : rows * row_words<Words>(K) * 4;
+}
+
+template <class Words>
+void linear_load(const void* x, DType dtype, int64_t stride, int64_t rows, int64_t K,
+                 void* operand) {
+  if constexpr (!Words::kRowsInPlace) {
+    float* out = static_cast<float*>(operand);
+    for (int64_t i = 0; i < rows; ++i, out += row_words<Words>(K)) {
+      if (dtype == DType::kBFloat16) {
+        Words::load_row(static_cast<const bf16_t*>(x) + i * stride, K, out);
+      } else {
+        Words::load_row(static_cast<const float*>(x) + i * stride, K, out);
+      }
+    }
+  }
+}
+
+// One register tile and where it goes.
+struct LinearTile {
+  const float* x;
+  int64_t x_stride;
+  int64_t words;
+  const float* panel;
+  const float* bias;  // or null
+  bool accumulate;
+  float* out;
+  int64_t out_stride;
+  int width;  // columns that are stored
+};
+
+template <class Words, int kRows, int kVectors>
+[[gnu::noinline]] void linear_tile(const LinearTile& t) {
+  using Simd = typename Words::Simd;
+  using Vec = typename Simd::Vec;
+  constexpr int kWidth = Simd::kWidth, kPitch = kVectors * kWidth;
+  // Few rows: several steps of k at a time, each with accumulators of its own, keep the
+  // multipliers busy. Panels are then still read from end to end.
+  constexpr int kChains = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
+  Vec acc[kChains][kRows][kVectors];
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const float* start = t.accumulate ? t.out + i * t.out_stride : t.bias;
+      const int count = clamp_count(t.width - v * kWidth, kWidth);
+      acc[0][i][v] = start == nullptr ? Simd::zero()
+                     : count == kWidth ? Simd::load(start + v * kWidth)
+                                       : Simd::load_first(start + v * kWidth, count);
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) acc[c][i][v] = Simd::zero();
+    }
+  }
+  const float* panel = t.panel;
+  const float* x = t.x;
+  auto step = [&](int chain) {
+    Vec column[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) column[v] = Simd::load(panel + v * kWidth);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const Vec row = Simd::broadcast(x + i * t.x_stride);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        acc[chain][i][v] = Words::multiply(row, column[v], acc[chain][i][v]);
+      }
+    }
+    panel += kPitch;
+    ++x;
+  };
+  int64_t k = 0;
+  for (; k + kChains <= t.words; k += kChains) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) step(c);
+  }
+  for (; k < t.words; ++k) step(0);
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) acc[0][i][v] = Simd::add(acc[0][i][v], acc[c][i][v]);
+      float* out = t.out + i * t.out_stride + v * kWidth;
+      const int count = clamp_count(t.width - v * kWidth, kWidth);
+      if (count == kWidth) {
+        Simd::store(out, acc[0][i][v]);
+      } else {
+        Simd::store_first(out, acc[0][i][v], count);
+      }
+    }
+  }
+}
+
+template <class Words, int kVectors, int kRows = Words::Simd::kMr>
+void run_tile(int rows, const LinearTile& t) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return linear_tile<Words, kRows, kVectors>(t);
+    run_tile<Words, kVectors, kRows - 1>(rows, t);
+  }
+}
+
+template <class Words, int kVectors = Words::Simd::kVectors>
+void run_panel(int vectors, int64_t rows, LinearTile t) {
+  if constexpr (kVectors > 0) {
+    if (vectors != kVectors) return run_panel<Words, kVectors - 1>(vectors, rows, t);
+    constexpr int kMr = Words::Simd::kMr;
+    const int64_t tiles = (rows + kMr - 1) / kMr;
+    for (int64_t i = 0; i < tiles; ++i) {  // of even height: 16 rows are 8 and 8, not 12 and 4
+      const int height = static_cast<int>(rows * (i + 1) / tiles - rows * i / tiles);
+      run_tile<Words, kVectors>(height, t);
+      t.x += height * t.x_stride;
+      t.out += height * t.out_stride;
+    }
+  }
+}
+
+template <class Words>
+void linear_multiply(const void* operand, int64_t operand_stride, int64_t rows, int64_t K,
+                     const void* packed, Range n, const float* bias, bool accumulate, float* out,
+                     int64_t out_stride) {
+  constexpr int kNr = kPanel<Words>;
+  const int64_t words = words_of(K, Words::kPerWord);
+  const int64_t stride = Words::kRowsInPlace ? operand_stride : row_words<Words>(K);
+  for (int64_t m = 0; m < rows; m += kRowBlock) {
+    LinearTile t{static_cast<const float*>(operand) + m * stride, stride, words,
+                 static_cast<const float*>(packed) + n.begin * words, nullptr, accumulate,
+                 out + m * out_stride, out_stride, kNr};
+    for (int64_t n0 = n.begin; n0 < n.end; n0 += kNr, t.panel += kNr * words, t.out += kNr) {
+      t.width = clamp_count(n.end - n0, kNr);
+      t.bias = bias == nullptr ? nullptr : bias + n0;
+      run_panel<Words>(panel_vectors<Words>(n.end - n0), clamp_count(rows - m, kRowBlock), t);
+    }
+  }
+}
+
+template <class Words>
+constexpr LinearKernel linear_kernel() {
+  return {Words::Simd::kMr,
+          kPanel<Words>,
+          linear_packed_bytes<Words>,
+          linear_pack<Words>,
+          linear_operand_bytes<Words>,
+          Words::kRowsInPlace ? nullptr : linear_load<Words>,
+          linear_multiply<Words>};
+}
+
+}  // namespace
+}  // namespace slimkern
