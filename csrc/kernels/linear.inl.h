@@ -124,6 +124,10 @@ template <class Words, int kRows, int kVectors>
       for (int c = 1; c < kChains; ++c) acc[c][i][v] = Simd::zero();
     }
   }
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors * kWidth; v += 16) __builtin_prefetch(t.out + i * t.out_stride + v, 1);
+  }
   const float* panel = t.panel;
   const float* x = t.x;
   auto step = [&](int chain) {
@@ -177,7 +181,8 @@ void run_panel(int vectors, int64_t rows, LinearTile t) {
   if constexpr (kVectors > 0) {
     if (vectors != kVectors) return run_panel<Words, kVectors - 1>(vectors, rows, t);
     constexpr int kMr = Words::Simd::kMr;
-    const int64_t tiles = (rows + kMr - 1) / kMr;
+    const int most = t.x_stride % 1024 == 0 && kMr > 8 ? 8 : kMr;
+    const int64_t tiles = (rows + most - 1) / most;
     for (int64_t i = 0; i < tiles; ++i) {  // of even height: 16 rows are 8 and 8, not 12 and 4
       const int height = static_cast<int>(rows * (i + 1) / tiles - rows * i / tiles);
       run_tile<Words, kVectors>(height, t);
