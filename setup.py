@@ -20,7 +20,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-BASE_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+BASE_FLAGS = [
+    "-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra",
+]  # fmt: skip
 X86_FLAGS = ["-march=x86-64"]
 
 AVX512_FLAGS = [

@@ -23,7 +23,6 @@ struct ScalarRows : Scalar<float> {
   static Vec sub(Vec a, Vec b) { return a - b; }
   static Vec mul(Vec a, Vec b) { return a * b; }
   static Vec div(Vec a, Vec b) { return a / b; }
-  static Vec sqrt(Vec a) { return __builtin_sqrtf(a); }
   static Vec fnmadd(Vec a, Vec b, Vec c) { return c - a * b; }
   // b where one of the two is a NaN.
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
