@@ -31,7 +31,7 @@ class Compiled(Provider):
     On a CPU, for inference: weights frozen into the graph (so that they are packed once) and the
     C++ wrapper, which takes Python out of the calls between kernels. Not ``max-autotune``: it
     chooses kernels by timing each for an instant, and on a machine that is not idle it chose slower
-    ones (0.8 to 1.0 times the speed of the default, on slim and dense encoders of width 384, for
+    ones (0.8 to 1.1 times the speed of the default, on slim and dense encoders of width 384, for
     several times the compile).
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class OpenVino(Provider):
     precisions = PRECISIONS
 
     def __init__(self) -> None:
+        # Nothing is reported to OpenVINO's makers: what would do so is not to be found, if this
+        # comes before the first import, which reports already.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         self.notes: dict[str, str] = {}
         self._model: tuple[tuple[str, str], nn.Module, Any] | None = None
 
@@ -76,7 +80,6 @@ class OpenVino(Provider):
         key = (work.level, work.name)
         if self._model is None or self._model[0] != key:
             self._model = None
-            _core()
             import openvino
 
             module = work.build()
@@ -110,18 +113,12 @@ class OpenVino(Provider):
             self.notes[work.case] = f"{kinds['Softmax']} attentions were not fused"
 
 
+@cache
 def _core() -> Any:
-    """OpenVINO's entry; nothing is reported to its makers."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    """OpenVINO's entry, made once."""
     import openvino
 
-    global _CORE
-    if _CORE is None:
-        _CORE = openvino.Core()
-    return _CORE
-
-
-_CORE: Any = None
+    return openvino.Core()
 
 
 def _call(compiled: Any, inputs: tuple[torch.Tensor, ...]) -> Call:
