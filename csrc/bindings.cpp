@@ -9,8 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "fused.h"
 #include "indexed.h"
 #include "isa.h"
+#include "packed.h"
 
 namespace py = pybind11;
 using namespace slimkern;
@@ -73,6 +75,95 @@ void py_column_sum(int dtype, const PyMat& a, int64_t rows, int64_t cols, const 
   column_sum(static_cast<DType>(dtype), mat(a), rows, cols, vec(out), out[3], threads);
 }
 
+std::vector<std::string> maths() {
+  constexpr const char* kNames[kMathCount] = {"fp32", "bf16", "bf16x3", "bf16x6"};
+  std::vector<std::string> names;
+  for (int i = 0; i < kMathCount; ++i) {
+    if (has_math(active_table(), i)) names.emplace_back(kNames[i]);
+  }
+  return names;
+}
+
+// kind, math; in, out; hidden; heads, kv_heads, head_dim, causal, residual; channels, gated,
+// activation, residual; the four norms
+using PySpec = std::array<int64_t, 18>;
+// eps of the four norms, scale
+using PySpecFloats = std::array<double, 5>;
+
+PackSpec spec(const PySpec& v, const PySpecFloats& f) {
+  PackSpec s;
+  int i = 0;
+  for (int64_t* field :
+       {&s.kind, &s.math, &s.in, &s.out, &s.hidden, &s.heads, &s.kv_heads, &s.head_dim, &s.causal,
+        &s.attention_residual, &s.channels, &s.gated, &s.activation, &s.ffn_residual}) {
+    *field = v[i++];
+  }
+  for (int64_t& norm : s.norm) norm = v[i++];
+  for (int n = 0; n < kNormSlots; ++n) s.eps[n] = f[n];
+  s.scale = f[kNormSlots];
+  return s;
+}
+
+int64_t py_pack_bytes(const PySpec& ints, const PySpecFloats& floats) {
+  PackSpec wanted = spec(ints, floats);
+  return pack_bytes(wanted);
+}
+
+void py_pack_begin(const PySpec& ints, const PySpecFloats& floats, int64_t data, int64_t bytes) {
+  pack_begin(spec(ints, floats), address(data), bytes);
+}
+
+void py_pack_linear(int64_t data, int64_t bytes, int64_t slot, int dtype, const PyMat& w,
+                    const PyVec& bias) {
+  pack_linear(address(data), bytes, static_cast<Slot>(slot), static_cast<DType>(dtype), mat(w),
+              vec(bias), w[4], w[6]);
+}
+
+void py_pack_norm(int64_t data, int64_t bytes, int64_t slot, int dtype, const PyVec& gamma,
+                  const PyVec& beta, int64_t hidden) {
+  pack_norm(address(data), bytes, static_cast<NormSlot>(slot), static_cast<DType>(dtype),
+            vec(gamma), vec(beta), hidden);
+}
+
+// address, bytes
+using PyMemory = std::array<int64_t, 2>;
+// dtype, address, batch stride, row stride, B, T, hidden, address of the result
+using PyHidden = std::array<int64_t, 8>;
+// kind, address, row stride, column stride
+using PyMask = std::array<int64_t, 4>;
+// address, head stride, row stride, heads
+using PyBias = std::array<int64_t, 4>;
+
+PackView pack_view(const PyMemory& v) { return {address(v[0]), v[1]}; }
+Scratch scratch_of(const PyMemory& v) { return {address(v[0]), v[1]}; }
+Hidden hidden(const PyHidden& v) {
+  return {static_cast<DType>(v[0]), address(v[1]), v[2], v[3], v[4], v[5], v[6], address(v[7])};
+}
+
+void py_packed_linear(const PyMemory& pack, const PyHidden& rows, int64_t N, int threads,
+                      const PyMemory& scratch) {
+  packed_linear(pack_view(pack), hidden(rows), N, threads, scratch_of(scratch));
+}
+
+void py_ffn(const PyMemory& pack, const PyHidden& rows, int threads, const PyMemory& scratch) {
+  ffn(pack_view(pack), hidden(rows), threads, scratch_of(scratch));
+}
+
+void py_layer(const PyMemory& pack, const PyHidden& rows, const PyMask& mask, const PyBias& bias,
+              int threads, const PyMemory& scratch) {
+  const Mask keys{static_cast<MaskKind>(mask[0]), address(mask[1]), mask[2], mask[3]};
+  const HeadBias added{static_cast<const float*>(address(bias[0])), bias[1], bias[2],
+                       bias[3]};
+  layer(pack_view(pack), hidden(rows), keys, added, threads, scratch_of(scratch));
+}
+
+void numbers(py::module_& m, const char* name, std::initializer_list<const char*> names) {
+  py::dict values;
+  int i = 0;
+  for (const char* key : names) values[key] = i++;
+  m.attr(name) = values;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -87,4 +178,32 @@ PYBIND11_MODULE(_C, m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("gemm", &py_gemm, no_gil);
   m.def("column_sum", &py_column_sum, no_gil);
+
+  // Numbers of the enumerations, in their order.
+  numbers(m, "MATHS", {"fp32", "bf16", "bf16x3", "bf16x6"});
+  numbers(m, "ACTIVATIONS",
+          {"none", "relu", "squared_relu", "gelu", "gelu_tanh", "quick_gelu", "silu"});
+  numbers(m, "NORMS", {"none", "layer", "rms"});
+  numbers(m, "PACKS", {"linear", "ffn", "attention_block", "encoder_layer"});
+  numbers(m, "SLOTS", {"linear", "qkv", "projection", "gate", "up", "down"});
+  numbers(m, "NORM_SLOTS", {"attention_pre", "attention_post", "ffn_pre", "ffn_post"});
+  numbers(m, "MASKS", {"none", "lengths", "keep", "added"});
+  m.attr("REMOVED") = kRemoved;
+  m.def("maths", &maths);
+  m.def("pack_bytes", &py_pack_bytes);
+  m.def("pack_begin", &py_pack_begin);
+  m.def("pack_linear", &py_pack_linear, no_gil);
+  m.def("pack_norm", &py_pack_norm, no_gil);
+  m.def("packed_linear_scratch", [](const PyMemory& pack, int64_t M, int threads) {
+    return packed_linear_scratch(pack_view(pack), M, threads);
+  });
+  m.def("ffn_scratch", [](const PyMemory& pack, int64_t M, int threads) {
+    return ffn_scratch(pack_view(pack), M, threads);
+  });
+  m.def("layer_scratch", [](const PyMemory& pack, int64_t B, int64_t T, int threads) {
+    return layer_scratch(pack_view(pack), B, T, threads);
+  });
+  m.def("packed_linear", &py_packed_linear, no_gil);
+  m.def("ffn", &py_ffn, no_gil);
+  m.def("layer", &py_layer, no_gil);
 }
