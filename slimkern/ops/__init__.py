@@ -7,6 +7,44 @@ function hides its folder of the same name: ``slimkern.ops.indexed_linear`` is t
 from __future__ import annotations
 
 from slimkern.ops import _native  # noqa: F401  (fails here, with the build command)
+from slimkern.ops._math import available_maths, choose_math
+from slimkern.ops._pack import (
+    Packed,
+    pack_attention_block,
+    pack_encoder_layer,
+    pack_ffn,
+    pack_linear,
+)
+from slimkern.ops._weights import (
+    AttentionWeights,
+    EncoderLayerWeights,
+    FfnWeights,
+    LinearWeights,
+    NormWeights,
+)
+from slimkern.ops.attention_block import attention_block
+from slimkern.ops.encoder_layer import encoder_layer
+from slimkern.ops.ffn import ffn
 from slimkern.ops.indexed_linear import check_index, indexed_linear
+from slimkern.ops.packed_linear import packed_linear
 
-__all__ = ["check_index", "indexed_linear"]
+__all__ = [
+    "AttentionWeights",
+    "EncoderLayerWeights",
+    "FfnWeights",
+    "LinearWeights",
+    "NormWeights",
+    "Packed",
+    "attention_block",
+    "available_maths",
+    "check_index",
+    "choose_math",
+    "encoder_layer",
+    "ffn",
+    "indexed_linear",
+    "pack_attention_block",
+    "pack_encoder_layer",
+    "pack_ffn",
+    "pack_linear",
+    "packed_linear",
+]

@@ -40,6 +40,26 @@ gemm: Callable[..., None] = _C.gemm
 gemm_scratch: Callable[..., int] = _C.gemm_scratch
 column_sum: Callable[..., None] = _C.column_sum
 
+MATHS: dict[str, int] = _C.MATHS
+ACTIVATIONS: dict[str, int] = _C.ACTIVATIONS
+NORMS: dict[str, int] = _C.NORMS
+PACKS: dict[str, int] = _C.PACKS
+SLOTS: dict[str, int] = _C.SLOTS
+NORM_SLOTS: dict[str, int] = _C.NORM_SLOTS
+MASKS: dict[str, int] = _C.MASKS
+REMOVED: float = _C.REMOVED
+maths: Callable[[], list[str]] = _C.maths
+pack_bytes: Callable[..., int] = _C.pack_bytes
+pack_begin: Callable[..., None] = _C.pack_begin
+pack_linear: Callable[..., None] = _C.pack_linear
+pack_norm: Callable[..., None] = _C.pack_norm
+packed_linear_scratch: Callable[..., int] = _C.packed_linear_scratch
+packed_linear: Callable[..., None] = _C.packed_linear
+ffn_scratch: Callable[..., int] = _C.ffn_scratch
+ffn: Callable[..., None] = _C.ffn
+layer_scratch: Callable[..., int] = _C.layer_scratch
+layer: Callable[..., None] = _C.layer
+
 _forked = False
 
 
