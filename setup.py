@@ -35,6 +35,7 @@ ISA_FLAGS: dict[str, list[str]] = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512_FLAGS,
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16"],
+    "amx": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 

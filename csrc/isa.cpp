@@ -123,9 +123,11 @@ const KernelTable* isa_table(Isa isa) {
       return &kAvx512;
     case Isa::kAvx512Bf16:
       return &kAvx512Bf16;
+    case Isa::kAmx:
+      return &kAmx;
 #endif
     default:
-      return nullptr;
+      return nullptr;  // not for this target
   }
 }
 

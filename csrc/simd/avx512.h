@@ -4,6 +4,7 @@
 // GCC 12 takes the undefined lanes of its own intrinsics for a mistake.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 
@@ -47,6 +48,34 @@ struct Avx512 {
                                              _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)));
+  }
+
+  // Takes the leading bfloat16 off v. Infinities and NaNs leave nothing behind; a finite number has
+  // a finite leading part.
+  static Vec split_bf16(Vec& v) {
+    const __m512i most = _mm512_set1_epi32(0x7fffffff), infinity = _mm512_set1_epi32(0x7f800000);
+    const __m512i size = _mm512_and_si512(_mm512_castps_si512(v), most);
+    const __mmask16 finite = _mm512_cmplt_epi32_mask(size, infinity);
+    const __m512i lead = _mm512_castps_si512(round_bf16(v));
+    const __mmask16 over =
+        _mm512_mask_cmpeq_epi32_mask(finite, _mm512_and_si512(lead, most), infinity);
+    const Vec part = _mm512_castsi512_ps(
+        _mm512_mask_sub_epi32(lead, over, lead, _mm512_set1_epi32(0x10000)));
+    v = _mm512_maskz_sub_ps(finite, v, part);
+    return part;
+  }
+
+  // Lanes of two rounded vectors, as the even and the odd half of a pair.
+  static Vec pair(Vec even, Vec odd) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(odd)));
+  }
+  // Lanes of a rounded vector and of the one after it, in pairs of neighbours.
+  static Vec neighbours(Vec first, Vec second) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(second), 16);
+    const __m512i lower = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(low));
+    return _mm512_castsi512_ps(_mm512_inserti64x4(lower, _mm512_cvtepi32_epi16(high), 1));
   }
 
   // Rows become columns.

@@ -1,6 +1,8 @@
 // The portable trait: one lane. The baseline of every target, and the path for double.
 #pragma once
 
+#include <cstdint>
+
 #include "dtypes.h"
 
 namespace slimkern {
@@ -31,6 +33,25 @@ struct Scalar {
 
   // Rounded to bfloat16, nearest even; a NaN stays a NaN.
   static Vec round_bf16(Vec v) { return widen(to_bf16(static_cast<float>(v))); }
+  // Takes the leading bfloat16 off v. Infinities and NaNs leave nothing behind; a finite number has
+  // a finite leading part.
+  static Vec split_bf16(Vec& v) {
+    const uint32_t size = __builtin_bit_cast(uint32_t, v) & 0x7fffffffu;
+    bf16_t part = to_bf16(v);
+    if (size >= 0x7f800000u) {
+      v = 0;
+      return widen(part);
+    }
+    if ((part.bits & 0x7fffu) == 0x7f80u) part.bits -= 1;
+    v -= widen(part);
+    return widen(part);
+  }
+  // Two rounded numbers as the halves of a pair.
+  static Vec pair(Vec even, Vec odd) {
+    const uint32_t low = __builtin_bit_cast(uint32_t, even) >> 16;
+    return __builtin_bit_cast(float, low | __builtin_bit_cast(uint32_t, odd));
+  }
+  static Vec neighbours(Vec first, Vec second) { return pair(first, second); }
   // Rows become columns.
   static void transpose(Vec (&)[kWidth]) {}
 };

@@ -1,0 +1,300 @@
+// Random packed linears through every instruction set and math, on buffers of exactly the size that
+// is needed and poisoned with NaN: built with sanitizers, one element too far is an error. Results
+// are compared with a plain loop in double, within the bound of the math; those of tiles also, bit
+// by bit, with their arithmetic written out. Arguments: seconds to run, seed.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <random>
+#include <vector>
+
+#include "isa.h"
+#include "kernels/linear_tiles.inl.h"
+#include "simd/scalar.h"
+#include "simd/tiles_emulated.h"
+#include "trap_tiles.h"
+
+using namespace slimkern;
+
+namespace {
+
+std::mt19937_64 rng;
+
+int64_t pick(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(rng);
+}
+
+int64_t size() {
+  static const int64_t kSizes[] = {1, 2, 3, 7, 15, 16, 17, 24, 31, 32, 33, 48, 63, 65, 97, 130};
+  return pick(0, 30) == 0 ? 0 : kSizes[pick(0, 15)];
+}
+
+// Exactly as many bytes, aligned, all NaN.
+struct Buffer {
+  void* data;
+  explicit Buffer(int64_t size)
+      : data(::operator new(size, std::align_val_t(kLinearAlignment))) {
+    std::memset(data, 0xff, size);
+  }
+  ~Buffer() { ::operator delete(data, std::align_val_t(kLinearAlignment)); }
+  Buffer(const Buffer&) = delete;
+};
+
+// A matrix of float32 or bfloat16, strided.
+struct Matrix {
+  DType dtype;
+  int64_t row_stride, col_stride;
+  std::vector<float> floats;
+  std::vector<bf16_t> halves;
+
+  Matrix(DType type, int64_t rows, int64_t cols, bool strided) : dtype(type) {
+    const int64_t inner = strided && pick(0, 2) == 0 ? 2 : 1;
+    const bool transposed = strided && pick(0, 1);
+    const int64_t pitch = (transposed ? rows : cols) * inner + pick(0, 3);
+    row_stride = transposed ? inner : pitch;
+    col_stride = transposed ? pitch : inner;
+    const int64_t count =
+        rows == 0 || cols == 0 ? 0 : (rows - 1) * row_stride + (cols - 1) * col_stride + 1;
+    (dtype == DType::kFloat32 ? floats.resize(count) : halves.resize(count));
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) set(i, j, normal(rng));
+    }
+  }
+  int64_t at(int64_t i, int64_t j) const { return i * row_stride + j * col_stride; }
+  void set(int64_t i, int64_t j, float v) {
+    if (dtype == DType::kFloat32) {
+      floats[at(i, j)] = v;
+    } else {
+      halves[at(i, j)] = to_bf16(v);
+    }
+  }
+  float get(int64_t i, int64_t j) const {
+    return dtype == DType::kFloat32 ? floats[at(i, j)] : widen(halves[at(i, j)]);
+  }
+  void* data() {
+    return dtype == DType::kFloat32 ? static_cast<void*>(floats.data()) : halves.data();
+  }
+};
+
+struct Subject {
+  const char* name;
+  Math math;
+  LinearKernel kernel;
+  bool tiles;  // products of parts: an infinity may become a NaN
+  bool known;  // its arithmetic is tiled_value, bit by bit
+};
+
+enum Mode { kOrdinary, kSpecialRow, kSpecialColumn, kHuge, kModes };
+
+struct Case {
+  int64_t M, N, K;
+  Range n;
+  Mode mode;
+  bool biased, accumulate;
+  int64_t row, col, depth;  // where the special value is
+  float special;
+};
+
+[[noreturn]] void fail(const char* what, const Subject& s, const Case& c) {
+  std::fprintf(stderr, "FAILED: %s, %s math %d, M %ld, N %ld (%ld to %ld), K %ld, mode %d\n", what,
+               s.name, int(s.math), long(c.M), long(c.N), long(c.n.begin), long(c.n.end), long(c.K),
+               int(c.mode));
+  std::exit(1);
+}
+
+Case make_case(const Subject& s) {
+  Case c{};
+  c.M = size(), c.N = size(), c.K = size();
+  const int64_t panels = (c.N + s.kernel.nr - 1) / s.kernel.nr;
+  const int64_t first = pick(0, panels), last = pick(first, panels);
+  c.n = {std::min(first * s.kernel.nr, c.N), std::min(last * s.kernel.nr, c.N)};
+  if (pick(0, 1)) c.n = {0, c.N};
+  c.mode = pick(0, 2) ? kOrdinary : static_cast<Mode>(pick(1, kModes - 1));
+  if (c.M * c.N * c.K == 0 || (c.mode == kHuge && s.math == Math::kBf16)) c.mode = kOrdinary;
+  c.biased = pick(0, 1);
+  c.accumulate = pick(0, 2) == 0;
+  if (c.mode != kOrdinary) c.row = pick(0, c.M - 1), c.col = pick(0, c.N - 1), c.depth = pick(0, c.K - 1);
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float specials[] = {std::nanf(""), infinity, -infinity};
+  c.special = specials[pick(0, 2)];
+  return c;
+}
+
+// |value - want| may be so large: the rounding of each sum and, relative to the sum of magnitudes,
+// what the math leaves out of its operands.
+double bound(Math math, int64_t K, double magnitude, double largest) {
+  const double products = math == Math::kBf16x3 ? 3 : math == Math::kBf16x6 ? 6 : 1;
+  const double dropped = math == Math::kBf16x3 ? 3.1 * 0x1p-16 : math == Math::kBf16x6 ? 2.1 * 0x1p-24 : 0;
+  const double flushed = 4 * (products * K + 1) * 0x1p-126 * (1 + largest);
+  return ((products * K + 8) * 0x1p-24 + dropped) * magnitude + flushed;
+}
+
+float operand(Math math, float v) { return math == Math::kBf16 ? widen(to_bf16(v)) : v; }
+
+void check_element(const Subject& s, const Case& c, const Matrix& x, const Matrix& w, int64_t i,
+                   int64_t n, double start, float got) {
+  if ((c.mode == kSpecialRow && i == c.row) || (c.mode == kSpecialColumn && n == c.col)) {
+    const float other = c.mode == kSpecialRow ? w.get(n, c.depth) : x.get(i, c.depth);
+    if (std::isnan(c.special) && !std::isnan(got)) fail("a NaN was lost", s, c);
+    if (std::isfinite(got) && other != 0) fail("an infinity was lost", s, c);
+    if (!s.tiles && std::isinf(c.special) && std::fabs(other) > 1e-30f && got != c.special * other) {
+      fail("an infinity changed", s, c);
+    }
+    return;
+  }
+  double want = start, magnitude = std::fabs(start), largest = 0;
+  for (int64_t k = 0; k < c.K; ++k) {
+    const double a = operand(s.math, x.get(i, k)), b = operand(s.math, w.get(n, k));
+    want += a * b;
+    magnitude += std::fabs(a * b);
+    largest = std::max({largest, std::fabs(a), std::fabs(b)});
+  }
+  if (!(std::fabs(got - want) <= bound(s.math, c.K, magnitude, largest))) {
+    std::fprintf(stderr, "row %ld, column %ld: %.9g, not %.9g\n", long(i), long(n), got, want);
+    fail("value", s, c);
+  }
+}
+
+// The parts of a float, as the tiles see them.
+void split(float v, int parts, float* out) {
+  for (int p = 0; p < parts; ++p) {
+    float part = widen(to_bf16(v));
+    if (parts > 1 && std::isfinite(v) && std::isinf(part)) {
+      part = std::copysign(widen(bf16_t{0x7f7f}), v);
+    }
+    out[p] = part;
+    v = std::isfinite(v) ? v - part : 0;
+  }
+}
+
+// The arithmetic of the tiles for one result, k by k.
+float tiled_value(const Subject& s, const Case& c, const Matrix& x, const Matrix& w, int64_t i,
+                  int64_t n, float start) {
+  const int parts = s.math == Math::kBf16 ? 1 : s.math == Math::kBf16x3 ? 2 : 3;
+  const int order[3][6][2] = {
+      {{0, 0}}, {{1, 0}, {0, 0}, {0, 1}}, {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}}};
+  const int products = parts * (parts + 1) / 2;
+  const int64_t rest = c.M - i / 32 * 32, columns = c.n.end - n / 32 * 32;
+  const int64_t chains = 4 / ((rest > 16 ? 2 : 1) * (columns > 16 ? 2 : 1));
+  const int64_t tiles = (c.K + 31) / 32;
+  float sums[4] = {start, 0, 0, 0};
+  for (int64_t t = 0; t < tiles; ++t) {
+    float& sum = sums[t < tiles / chains * chains ? t % chains : 0];
+    float a[32][3] = {}, b[32][3] = {};
+    for (int64_t k = 0; k < 32 && t * 32 + k < c.K; ++k) {
+      split(x.get(i, t * 32 + k), parts, a[k]);
+      split(w.get(n, t * 32 + k), parts, b[k]);
+    }
+    for (int p = 0; p < products; ++p) {
+      float halves[2] = {0, 0};
+      for (int k = 0; k < 32; ++k) {
+        const float left = EmulatedTiles::flush(a[k][order[parts - 1][p][0]]);
+        const float right = EmulatedTiles::flush(b[k][order[parts - 1][p][1]]);
+        halves[k % 2] = EmulatedTiles::fma(left, right, halves[k % 2]);
+      }
+      const float both = EmulatedTiles::flush(halves[0] + halves[1]);
+      sum = EmulatedTiles::flush(EmulatedTiles::flush(sum) + both);
+    }
+  }
+  for (int64_t chain = 1; chain < chains; ++chain) sums[0] += sums[chain];
+  return sums[0];
+}
+
+bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+void place_special(const Case& c, Matrix& x, Matrix& w) {
+  if (c.mode == kSpecialRow) x.set(c.row, c.depth, c.special);
+  if (c.mode == kSpecialColumn) w.set(c.col, c.depth, c.special);
+  if (c.mode != kHuge) return;
+  for (int64_t n = 0; n < c.N; ++n) {
+    for (int64_t k = 0; k < c.K; ++k) w.set(n, k, w.get(n, k) * 0x1p-40f);
+  }
+  const float most = x.dtype == DType::kFloat32 ? std::numeric_limits<float>::max() : 0x1.fep127f;
+  for (int64_t k = 0; k < c.K; ++k) x.set(c.row, k, pick(0, 1) ? most : -most);
+}
+
+void try_linear(const Subject& s) {
+  const Case c = make_case(s);
+  const LinearKernel& kernel = s.kernel;
+  const int64_t operand_bytes = kernel.operand_bytes(c.M, c.K);
+  const bool loads = operand_bytes > 0 || kernel.load != nullptr;
+  Matrix x(loads && pick(0, 1) ? DType::kBFloat16 : DType::kFloat32, c.M, c.K, false);
+  Matrix w(pick(0, 1) ? DType::kBFloat16 : DType::kFloat32, c.N, c.K, true);
+  place_special(c, x, w);
+  std::vector<float> bias(c.N);
+  for (float& v : bias) v = std::normal_distribution<float>()(rng);
+
+  Buffer packed(kernel.packed_bytes(c.N, c.K)), loaded(operand_bytes);
+  const MatView view{w.data(), w.row_stride, w.col_stride, nullptr, nullptr};
+  kernel.pack(view, w.dtype, c.N, c.K, packed.data);
+  if (loads) kernel.load(x.data(), x.dtype, x.row_stride, c.M, c.K, loaded.data);
+
+  const int64_t columns = c.n.size(), pitch = columns + pick(0, 3);
+  std::vector<float> out(c.M == 0 || columns == 0 ? 0 : (c.M - 1) * pitch + columns, std::nanf("7"));
+  if (c.accumulate) {
+    for (int64_t i = 0; i < c.M; ++i) {
+      for (int64_t j = 0; j < columns; ++j) out[i * pitch + j] = std::normal_distribution<float>()(rng);
+    }
+  }
+  const std::vector<float> before = out;
+  kernel.multiply(loads ? loaded.data : x.data(), x.row_stride, c.M, c.K, packed.data, c.n,
+                  c.biased ? bias.data() : nullptr, c.accumulate, out.data(), pitch);
+
+  for (int64_t at = 0; at < static_cast<int64_t>(out.size()); ++at) {
+    const int64_t i = at / pitch, n = c.n.begin + at % pitch;
+    if (n >= c.n.end) {
+      if (std::memcmp(&out[at], &before[at], 4) != 0) fail("wrote between the rows", s, c);
+      continue;
+    }
+    const float start = c.accumulate ? before[at] : c.biased ? bias[n] : 0;
+    if (s.known && pick(0, 3) == 0 && !same(tiled_value(s, c, x, w, i, n, start), out[at])) {
+      fail("not the arithmetic of the tiles", s, c);
+    }
+    if (pick(0, 3) == 0) check_element(s, c, x, w, i, n, start, out[at]);
+  }
+}
+
+std::vector<Subject> subjects() {
+  std::vector<Subject> all;
+  for (int i = 0; i < kIsaCount; ++i) {
+    const KernelTable* table = isa_table(static_cast<Isa>(i));
+    for (int math = 0; table != nullptr && math < kMathCount; ++math) {
+      const LinearKernel& kernel = table->linear[math];
+      const bool tiles = static_cast<Isa>(i) == Isa::kAmx && math > 0;
+      if (kernel.multiply) all.push_back({isa_name(static_cast<Isa>(i)), Math(math), kernel, tiles, false});
+    }
+  }
+  using Simd = Scalar<float>;
+  all.push_back({"emulated", Math::kBf16, tiled_linear_kernel<Simd, EmulatedTiles, 1>(), true, true});
+  all.push_back({"emulated", Math::kBf16x3, tiled_linear_kernel<Simd, EmulatedTiles, 2>(), true, true});
+  all.push_back({"emulated", Math::kBf16x6, tiled_linear_kernel<Simd, EmulatedTiles, 3>(), true, true});
+  if (trap_tiles()) {
+    for (int math = 1; math < kMathCount; ++math) {
+      all.push_back({"trapped", Math(math), kAmx.linear[math], true, true});
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 5;
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  rng.seed(seed);
+  const std::vector<Subject> all = subjects();
+  const auto start = std::chrono::steady_clock::now();
+  int64_t rounds = 0;
+  do {
+    for (const Subject& subject : all) try_linear(subject);
+    ++rounds;
+  } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds);
+  std::printf("fuzz_linear: %lld rounds of %zu kernels, seed %llu: clean\n",
+              static_cast<long long>(rounds), all.size(), static_cast<unsigned long long>(seed));
+}
