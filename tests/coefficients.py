@@ -4,7 +4,8 @@
 
 Exponential. ``exp(x) = 2**n * exp(r)`` with ``n = round(x / ln 2)`` and ``|r| <= ln 2 / 2``. The
 polynomial is ``1 + r + r**2 * q(r)``, q of degree 4. ``ln 2`` is the sum of a number of 16 bits,
-whose product with n is exact, and the rest.
+whose product with n is exact, and the rest. n is kept with the exponent's bias in the low bits of a
+float; 128, the highest n, makes an infinity.
 
 Normal distribution. ``phi(a) = (1 - erf(a / sqrt 2)) / 2`` for ``a >= 0``, in 15 pieces of width
 ``STEP``: piece i is a polynomial of degree 5 in ``f = a / STEP - i``, ``|f| <= 1 / 2``. Beyond them
@@ -78,6 +79,7 @@ def constants() -> str:
             f"constexpr float kLn2High = {literal(high)};  // 16 bits",
             f"constexpr float kLn2Low = {literal(mpmath.log(2) - high)};",
             f"constexpr float kExpLowest = {literal(-126 * mpmath.log(2))};  // of a normal result",
+            "constexpr float kExpHighest = 89.0f;  // its result is inf",
             table("constexpr float kExp[5] = ", exponential()) + ";",
             f"constexpr float kPhiInverseStep = {literal(1 / STEP)};",
             f"constexpr float kPhiEnd = {literal((PIECES - 1) * STEP)};",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sanitize import build_kernels
 
 # Triton reads this when a kernel is decorated, so before the first import of one. Without a GPU the
 # interpreter is the only way to run a kernel.
@@ -22,6 +23,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kernel_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The object files of the kernels, compiled as setup.py does: ``isa/avx2`` -> its path."""
+    folder = tmp_path_factory.mktemp("objects")
+    made = build_kernels(folder)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in made}
 
 
 @pytest.fixture(scope="session")

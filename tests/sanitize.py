@@ -2,8 +2,9 @@
 
     python tests/sanitize.py [--seconds 20] [--seed 0]
 
-The build is that of ``setup.py``, flag for flag, with the sanitizers on top; the driver is
-``tests/native/fuzz.cpp``. The exit status is the driver's.
+The build is that of ``setup.py``, flag for flag, with the sanitizers on top; the drivers are
+``tests/native/fuzz*.cpp``, which share the seconds. The exit status is that of the first driver
+that fails.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
+NATIVE = ROOT / "tests" / "native"
 SANITIZERS = [
     "-g",
     "-fsanitize=address,undefined",
@@ -36,18 +38,30 @@ def load_setup() -> ModuleType:
     return module
 
 
-def build_fuzz(folder: Path, extra: Sequence[str]) -> Path:
-    """Compiles the kernels and the driver in ``folder`` and returns the executable."""
+def build_kernels(folder: Path, extra: Sequence[str] = ()) -> list[Path]:
+    """Compiles the kernels in ``folder`` as setup.py does; returns the object files."""
     setup = load_setup()
-    objects = setup.write_ninja(folder, None, bindings=False, extra=extra)
+    objects: list[Path] = setup.write_ninja(folder, None, bindings=False, extra=extra)
     setup.run_ninja(folder)
-    fuzz = folder / "fuzz"
+    return objects
+
+
+def build_driver(
+    folder: Path, name: str, objects: Sequence[Path], extra: Sequence[str] = ()
+) -> Path:
+    """Compiles ``tests/native/{name}.cpp``, links it to the kernels, returns the executable."""
+    setup = load_setup()
+    driver = folder / name
     cxx = setup.compiler()
     flags = ["-std=c++20", "-O1", f"-I{setup.CSRC}", *setup.openmp(setup.target(cxx)), *extra]
-    source = ROOT / "tests" / "native" / "fuzz.cpp"
-    command = [*cxx, *flags, str(source), *map(str, objects), "-o", str(fuzz)]
+    command = [*cxx, *flags, str(NATIVE / f"{name}.cpp"), *map(str, objects), "-o", str(driver)]
     subprocess.run(command, check=True)
-    return fuzz
+    return driver
+
+
+def build_fuzz(folder: Path, extra: Sequence[str]) -> Path:
+    """Compiles the kernels and the driver ``fuzz`` in ``folder``; returns the executable."""
+    return build_driver(folder, "fuzz", build_kernels(folder, extra), extra)
 
 
 def main() -> int:
@@ -57,10 +71,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        fuzz = build_fuzz(Path(folder), SANITIZERS)
+        objects = build_kernels(Path(folder), SANITIZERS)
         environment = os.environ | {"UBSAN_OPTIONS": "print_stacktrace=1"}
-        command = [str(fuzz), str(arguments.seconds), str(arguments.seed)]
-        return subprocess.run(command, env=environment).returncode
+        names = sorted(path.stem for path in NATIVE.glob("fuzz*.cpp"))
+        for name in names:
+            driver = build_driver(Path(folder), name, objects, SANITIZERS)
+            command = [str(driver), str(arguments.seconds / len(names)), str(arguments.seed)]
+            status = subprocess.run(command, env=environment).returncode
+            if status != 0:
+                return status
+    return 0
 
 
 if __name__ == "__main__":

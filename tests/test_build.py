@@ -29,22 +29,13 @@ def output_of(*command, **keywords):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """The object files of the kernels, compiled as setup.py does."""
-    folder = tmp_path_factory.mktemp("objects")
-    made = setup.write_ninja(folder, None, bindings=False)
-    setup.run_ninja(folder)
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in made}
-
-
 def is_x86(path):
     return "x86-64" in output_of("objdump", "-f", str(path))
 
 
 @needs_binutils
-def test_an_isa_file_exports_one_table_and_nothing_weak(objects):
-    isas = {name: path for name, path in objects.items() if name.startswith("isa/")}
+def test_an_isa_file_exports_one_table_and_nothing_weak(kernel_objects):
+    isas = {name: path for name, path in kernel_objects.items() if name.startswith("isa/")}
     assert set(isas) >= {"isa/scalar"}
     for name, path in isas.items():
         symbols = [line.split()[-2:] for line in output_of("nm", str(path)).splitlines()]
@@ -57,9 +48,9 @@ def test_an_isa_file_exports_one_table_and_nothing_weak(objects):
 
 
 @needs_binutils
-def test_only_isa_files_use_wide_registers(objects):
+def test_only_isa_files_use_wide_registers(kernel_objects):
     wide = {"isa/avx2": {"ymm"}, "isa/avx512": {"ymm", "zmm"}}
-    for name, path in objects.items():
+    for name, path in kernel_objects.items():
         if not is_x86(path):
             pytest.skip("the compiler's target is not x86-64")
         used = set(re.findall(r"%([yz]mm)\d", output_of("objdump", "-d", str(path))))
@@ -67,8 +58,8 @@ def test_only_isa_files_use_wide_registers(objects):
 
 
 @needs_binutils
-def test_kernels_neither_allocate_nor_throw(objects):
-    for name, path in objects.items():
+def test_kernels_neither_allocate_nor_throw(kernel_objects):
+    for name, path in kernel_objects.items():
         if name.startswith("isa/"):
             assert not re.search(r"_Znw|malloc|__cxa", output_of("nm", str(path))), name
 

@@ -21,16 +21,16 @@ inline typename Simd::Vec activation(typename Simd::Vec x) {
   } else if constexpr (kActivation == Activation::kGelu) {
     return times_normal<Simd>(x);
   } else if constexpr (kActivation == Activation::kGeluTanh) {
-    // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) with 2 u = 2 sqrt(2 / pi) (x + 0.044715 x^3)
-    constexpr double kTwice = 1.5957691216057307117597842397375;
+    // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)) with -2 u = -2 sqrt(2 / pi) (x + 0.044715 x^3)
+    constexpr double kSlope = -1.5957691216057307117597842397375;
     const Vec square = Simd::mul(x, x);
-    const Vec slope = Simd::fmadd(square, Simd::set(static_cast<float>(kTwice * 0.044715)),
-                                  Simd::set(static_cast<float>(kTwice)));
-    return times_sigmoid<Simd>(x, Simd::mul(x, slope));
+    const Vec slope = Simd::fmadd(square, Simd::set(static_cast<float>(kSlope * 0.044715)),
+                                  Simd::set(static_cast<float>(kSlope)));
+    return logistic<Simd>(x, Simd::mul(x, slope));
   } else if constexpr (kActivation == Activation::kQuickGelu) {
-    return times_sigmoid<Simd>(x, Simd::mul(x, Simd::set(1.702f)));
+    return logistic<Simd>(x, Simd::mul(x, Simd::set(-1.702f)));
   } else if constexpr (kActivation == Activation::kSilu) {
-    return times_sigmoid<Simd>(x, x);
+    return logistic<Simd>(x, Simd::sub(Simd::zero(), x));
   } else {
     return x;
   }

@@ -11,6 +11,7 @@ constexpr float kLog2e = 1.442695f;
 constexpr float kLn2High = 0.69314575f;  // 16 bits
 constexpr float kLn2Low = 1.4286068e-06f;
 constexpr float kExpLowest = -87.33655f;  // of a normal result
+constexpr float kExpHighest = 89.0f;  // its result is inf
 constexpr float kExp[5] = {
     0.5f, 0.16666576f, 0.041666552f, 0.008363233f,
     0.001392625f,
@@ -67,10 +68,10 @@ inline typename Simd::Vec polynomial(typename Simd::Vec x, const float (&coeffic
   return y;
 }
 
-// exp(x) for x <= 0, within 1 ulp. Results below the least normal number (x < -87.34) are zero;
-// -inf gives zero, NaN gives NaN.
+// exp(x) for x <= kExpHighest, within 1 ulp (1.3 without a fused multiply-add). Results below the
+// least normal number (x < -87.34) are zero and those above exp(88.37) are inf; NaN gives NaN.
 template <class Simd>
-inline typename Simd::Vec exp_nonpositive(typename Simd::Vec x) {
+inline typename Simd::Vec exponential(typename Simd::Vec x) {
   using Vec = typename Simd::Vec;
   constexpr float kBias = 127;
   const Vec shift = Simd::set(kRound + kBias);
@@ -85,14 +86,11 @@ inline typename Simd::Vec exp_nonpositive(typename Simd::Vec x) {
   return Simd::select(Simd::less(x, Simd::set(kExpLowest)), Simd::zero(), y);
 }
 
-// x / (1 + exp(-v)); x must have the sign of v.
+// x / (1 + exp(v))
 template <class Simd>
-inline typename Simd::Vec times_sigmoid(typename Simd::Vec x, typename Simd::Vec v) {
-  using Vec = typename Simd::Vec;
-  const Vec one = Simd::set(1.0f);
-  const Vec e = exp_nonpositive<Simd>(Simd::sub(Simd::zero(), Simd::abs(v)));
-  const Vec numerator = Simd::select(Simd::less(v, Simd::zero()), e, one);
-  return Simd::div(Simd::mul(x, numerator), Simd::add(one, e));
+inline typename Simd::Vec logistic(typename Simd::Vec x, typename Simd::Vec v) {
+  const typename Simd::Vec e = exponential<Simd>(Simd::min(Simd::set(kExpHighest), v));
+  return Simd::div(x, Simd::add(Simd::set(1.0f), e));
 }
 
 // x * P(z <= x) for a standard normal z.

@@ -47,7 +47,7 @@ template <class Simd, bool kBias>
   using Vec = typename Simd::Vec;
   Vec total = Simd::zero();
   for_columns<Simd>(keys, [&](int64_t j, auto lanes, int) {
-    const Vec y = exp_nonpositive<Simd>(Simd::sub(scores.at(j, lanes), base));
+    const Vec y = exponential<Simd>(Simd::sub(scores.at(j, lanes), base));
     lanes.store(scores.s + j, y);
     total = Simd::add(total, lanes.pick(y, Simd::zero()));
   });
@@ -73,7 +73,7 @@ void softmax_rows(float* s, int64_t stride, const float* bias, int64_t bias_stri
     const Vec before = lanes.load(m + i);
     const Vec after = Simd::max(join_lanes<Simd>(largest, Simd::max), before);
     const Vec from = Simd::select(Simd::equal(after, lowest), Simd::zero(), after);
-    const Vec change = exp_nonpositive<Simd>(Simd::sub(before, from));
+    const Vec change = exponential<Simd>(Simd::sub(before, from));
     const Vec kept = Simd::select(Simd::equal(before, after), Simd::set(1.0f), change);
     float base[kWidth];
     Simd::store(base, from);
