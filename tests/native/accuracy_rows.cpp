@@ -112,7 +112,8 @@ int main(int argc, char** argv) {
   for (float v; std::fread(&v, sizeof v, 1, stdin) == 1;) x.push_back(v);
   const KernelTable* table = nullptr;
   for (int i = 0; i < kIsaCount; ++i) {
-    if (isa_name(static_cast<Isa>(i)) == std::string(argv[1])) table = isa_table(static_cast<Isa>(i));
+    const Isa isa = static_cast<Isa>(i);
+    if (isa_name(isa) == std::string(argv[1])) table = isa_table(isa);
   }
   if (table == nullptr) {
     std::fprintf(stderr, "no kernels for %s\n", argv[1]);

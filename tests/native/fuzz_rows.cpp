@@ -11,7 +11,8 @@ constexpr double kUnit = 0x1p-24;
 
 void fail(const char* what, Isa isa, int64_t rows, int64_t cols, double got = 0, double want = 0) {
   std::fprintf(stderr, "FAILED: %s, isa %s, %lld x %lld, got %.9g, want %.9g\n", what,
-               isa_name(isa), static_cast<long long>(rows), static_cast<long long>(cols), got, want);
+               isa_name(isa), static_cast<long long>(rows), static_cast<long long>(cols), got,
+               want);
   std::exit(1);
 }
 

@@ -70,7 +70,7 @@ struct Block {
   bool strayed(const Block& before) const {
     std::vector<char> inside(bytes.size(), 0);
     for (int64_t i = 0; i < rows; ++i) {
-      std::memset(inside.data() + (start + i * stride) * item(), 1, cols * item());
+      for (int64_t j = 0; j < cols * item(); ++j) inside[(start + i * stride) * item() + j] = 1;
     }
     for (size_t i = 0; i < bytes.size(); ++i) {
       if (!inside[i] && bytes[i] != before.bytes[i]) return true;
