@@ -84,17 +84,22 @@ def measure(work: Work, suite: Suite, benchmark: Any) -> list[SpeedRow]:
     Raises:
         WrongRowsError: an output is wrong, or a set-up did not hold; after the others were timed.
     """
-    with pinned_threads(suite.threads):
-        rows, candidates = _prepare_all(work, suite)
-        if candidates:
-            with torch.inference_mode():
-                _time(candidates, work, suite, benchmark)
-            benchmark.group = f"{work.level}: {work.name}, {work.shape}"
-            benchmark.extra_info["rows"] = rows
-        else:
-            suite.lost += rows
-    del candidates
+    # What the modules and libraries hold is set aside from the garbage collector, which otherwise
+    # goes through all of it before every provider.
     gc.collect()
+    gc.freeze()
+    try:
+        with pinned_threads(suite.threads):
+            rows, candidates = _prepare_all(work, suite)
+            if candidates:
+                with torch.inference_mode():
+                    _time(candidates, work, suite, benchmark)
+                benchmark.group = f"{work.level}: {work.name}, {work.shape}"
+                benchmark.extra_info["rows"] = rows
+            else:
+                suite.lost += rows
+    finally:
+        gc.unfreeze()
     failed = [f"{r['provider']} {r['precision']}: {r['failed']}" for r in rows if "failed" in r]
     if failed:
         raise WrongRowsError(f"{work.case}: " + "; ".join(failed))
