@@ -98,9 +98,9 @@ template <class Simd>
 inline typename Simd::Vec times_normal(typename Simd::Vec x) {
   using Vec = typename Simd::Vec;
   const Vec a = Simd::min(Simd::set(kPhiEnd), Simd::abs(x));
-  const Vec scaled = Simd::mul(a, Simd::set(kPhiInverseStep));
-  const Vec piece = Simd::add(scaled, Simd::set(kRound));
-  const Vec f = Simd::sub(scaled, Simd::sub(piece, Simd::set(kRound)));
+  const Vec inverse = Simd::set(kPhiInverseStep), shift = Simd::set(kRound);
+  const Vec piece = Simd::fmadd(a, inverse, shift);
+  const Vec f = Simd::fmadd(a, inverse, Simd::sub(shift, piece));
   Vec phi = Simd::lookup(kPhi[5], piece);
 #pragma GCC unroll 5
   for (int i = 4; i >= 0; --i) phi = Simd::fmadd(phi, f, Simd::lookup(kPhi[i], piece));
