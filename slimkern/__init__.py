@@ -11,8 +11,8 @@ Without training::
 
     small, plan = slimkern.one_shot(model, batches, ffn2_sparsity=0.5, mha_sparsity=0.5)
 
-The explicit path: ``discover``, ``importance``, ``make_plan``, ``mask_``, ``slim_``, ``save``,
-``load``.
+The explicit path: ``discover``, ``importance``, ``make_plan``, ``mask_``, ``slim_``, ``fuse_``,
+``save``, ``load``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from slimkern.config import WeightPruningConfig
 from slimkern.criteria import importance
 from slimkern.cuts import SurgeryError
 from slimkern.discovery import Discovery, Group, discover
+from slimkern.fuse import FusedBlock, FusedBlocks, FuseError, fuse_, fused_blocks, unfuse_
 from slimkern.one_shot import OneShot, one_shot, one_shot_family
 from slimkern.plan import PlanEntry, SlimPlan, make_plan
 from slimkern.pruning import Pruning
@@ -36,6 +37,9 @@ __version__ = _version("slimkern")
 __all__ = [
     "CheckpointError",
     "Discovery",
+    "FuseError",
+    "FusedBlock",
+    "FusedBlocks",
     "Group",
     "OneShot",
     "PlanEntry",
@@ -45,6 +49,8 @@ __all__ = [
     "WeightPruningConfig",
     "cpu",
     "discover",
+    "fuse_",
+    "fused_blocks",
     "importance",
     "load",
     "make_plan",
@@ -56,4 +62,5 @@ __all__ = [
     "prepare_pruning",
     "save",
     "slim_",
+    "unfuse_",
 ]

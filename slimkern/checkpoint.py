@@ -28,6 +28,7 @@ from slimkern import skeleton
 from slimkern.cuts import SurgeryError, uncompiled
 from slimkern.folders import copy_companions, sha256, whole_folder
 from slimkern.masks import is_masked, told_plan
+from slimkern.nn import FusedModule
 from slimkern.plan import SlimPlan
 from slimkern.surgery import is_hugging_face, slim_
 
@@ -55,7 +56,7 @@ def save(
 
     Args:
         model: a slim model: what ``slim_``, ``model_slim`` or :func:`load` returned. Of a compiled
-            model, the module inside is saved.
+            model, the module inside is saved; of a fused one, the slim model that it was.
         folder: the folder to create. It must not exist, or be empty, unless ``overwrite``.
         source: the folder whose tokenizer and other files go with it; by default the folder, or
             the cached files of the hub name, that the model was loaded from.
@@ -110,7 +111,8 @@ def _description(
     """
     about: dict[str, Any] = {"version": _VERSION, "weights": SLIM_WEIGHTS, "buffers": []}
     if not is_hugging_face(model):
-        return {"architectures": [type(model).__name__]}, about, {}
+        kind = model.fused_from if isinstance(model, FusedModule) else type(model)
+        return {"architectures": [kind.__name__]}, about, {}
     described = skeleton.describe(model, plan)
     if described is None:
         raise CheckpointError(

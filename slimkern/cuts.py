@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkern.discovery.groups import Member
-from slimkern.nn import MaskedLinear
+from slimkern.nn import FusedModule, MaskedLinear
 from slimkern.plan import PlanEntry, SlimPlan
 
 
@@ -105,6 +105,12 @@ def checked_cuts(
         raise SurgeryError(
             "the model is what torch.compile returned: pass the module that was compiled "
             "(model._orig_mod), with a plan for it; the compiled one follows"
+        )
+    fused = [name for name, m in model.named_modules() if isinstance(m, FusedModule)]
+    if fused:
+        raise SurgeryError(
+            f"{fused[0]!r} is fused, with packed weights of its own: call slimkern.unfuse_(model) "
+            "first, and slimkern.fuse_ after the cut"
         )
     cuts: dict[str, list[tuple[int, Tensor]]] = {}
     for entry in plan.entries:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "slimkern"
 
 STDLIB = set(sys.stdlib_module_names)
 DATA = {"slimkern.discovery.groups"}  # frozen descriptions that plans and surgery speak in
+BLOCKS = {"slimkern.discovery.block"}  # the same of what is fused
 READERS = {
     "torch",
     "slimkern.discovery",
@@ -30,6 +31,7 @@ LIBRARY = {
     "slimkern.masks",
     "slimkern.cuts",
     "slimkern.surgery",
+    "slimkern.fuse",
     "slimkern.optimizer_state",
     "slimkern.pruning",
     "slimkern.obs_step",
@@ -84,6 +86,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/*/cpu.py", {"torch", "slimkern.ops._native", "slimkern.ops._fused"}),
     ("ops/*/triton.py", {"torch", "triton", "slimkern.ops._tile"}),
     ("ops/", {"torch", "slimkern.ops"}),
+    ("nn/packs.py", {"torch", "slimkern.ops", *BLOCKS}),
     ("nn/", {"torch", "slimkern.ops", "slimkern.nn"}),
     ("cpu.py", {"torch", "slimkern.ops._native"}),
     ("discovery/", {"torch", "slimkern.discovery"}),
@@ -106,6 +109,18 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.nn",
             "slimkern.optimizer_state",
             *DATA,
+        },
+    ),
+    ("fuse_check.py", {"torch", "slimkern.accuracy", "slimkern.ops", "slimkern.nn", *BLOCKS}),
+    (
+        "fuse.py",
+        {
+            "torch",
+            "slimkern.discovery",
+            "slimkern.fuse_check",
+            "slimkern.masks",
+            "slimkern.nn",
+            "slimkern.ops",
         },
     ),
     (

@@ -52,9 +52,16 @@ def discover(model: nn.Module, example_inputs: Any = None) -> Discovery:
         the groups in order of execution, named after their second linear, and the refusals.
 
     Raises:
-        ValueError: ``example_inputs`` is needed or of a type that is not accepted.
+        ValueError: ``example_inputs`` is needed or of a type that is not accepted; or the model is
+            fused, and hides its linears.
         Exception: whatever the model's forward raises on these inputs.
     """
+    fused = next((n for n, m in model.named_modules() if hasattr(type(m), "fused_from")), None)
+    if fused is not None:
+        raise ValueError(
+            f"{fused!r} is fused, and computes without its linears: call slimkern.unfuse_(model) "
+            "first"
+        )
     with torch.inference_mode(False):  # in it, operations are not what they are elsewhere
         inputs = prepare(model, example_inputs)
         seen = observe(model, inputs)

@@ -7,7 +7,7 @@ function hides its folder of the same name: ``slimkern.ops.indexed_linear`` is t
 from __future__ import annotations
 
 from slimkern.ops import _native  # noqa: F401  (fails here, with the build command)
-from slimkern.ops._math import available_maths, choose_math
+from slimkern.ops._math import available_maths, choose_math, current_precision
 from slimkern.ops._pack import (
     Packed,
     pack_attention_block,
@@ -23,6 +23,7 @@ from slimkern.ops._weights import (
     NormWeights,
 )
 from slimkern.ops.attention_block import attention_block
+from slimkern.ops.common_slice import common_slice
 from slimkern.ops.encoder_layer import encoder_layer
 from slimkern.ops.ffn import ffn
 from slimkern.ops.indexed_linear import check_index, indexed_linear
@@ -39,6 +40,8 @@ __all__ = [
     "available_maths",
     "check_index",
     "choose_math",
+    "common_slice",
+    "current_precision",
     "encoder_layer",
     "ffn",
     "indexed_linear",

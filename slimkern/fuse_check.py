@@ -1,0 +1,233 @@
+"""Whether a block's description and its packed kernels compute what a module computes.
+
+Two questions, each with its own answer. Is the equation the module's? A copy in float64, with
+random weights, must agree with the equation to the rounding of float64; that finds the activation
+too. Are the kernels exact enough? With the module's own weights, their output must be as close to
+that of a float64 copy as plain PyTorch's in the same precision may be.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkern import accuracy
+from slimkern.discovery.block import Block
+from slimkern.nn.fused import install
+from slimkern.nn.packs import Packs, weights_of
+from slimkern.ops import Packed
+from slimkern.ops.attention_block.reference import attention_block
+from slimkern.ops.encoder_layer.reference import encoder_layer
+from slimkern.ops.ffn.reference import ffn
+
+_EQUATIONS: dict[str, Callable[..., Tensor]] = {
+    "encoder_layer": encoder_layer,
+    "attention_block": attention_block,
+    "ffn": ffn,
+}
+_ACTIVATIONS = ("gelu", "relu", "silu", "gelu_tanh", "quick_gelu", "squared_relu", "none")
+_DTYPES = (torch.float32, torch.bfloat16)
+# Two float64 computations of one equation differ by 2^-53 times what the block amplifies: 2^17
+# leaves room, and is nothing beside what distinguishes two activations, or float32.
+_SAME = 2.0**-36
+# fc1 as it is, and with outputs so large that an activation with a ceiling shows it.
+_SCALES = (1.0, 64.0)
+_SEQUENCES, _TOKENS, _KEPT = 2, 5, 3
+
+
+class MismatchError(Exception):
+    """A module is not what its description says, or its kernels are not exact enough."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One call: hidden states, a mask of four dimensions, a bias per head, and what counts."""
+
+    x: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    attended: Tensor
+
+    def arguments(self, call: str) -> tuple[Any, ...]:
+        """The arguments as a module of that call takes them."""
+        if call == "ffn":
+            return (self.x,)
+        return (self.x, self.mask, self.bias) if "mpnet" in call else (self.x, self.mask)
+
+    def output(self, module: Any, call: str) -> Tensor:
+        """What a module makes of it, at the positions that count; hooks are not called."""
+        y = module.forward(*self.arguments(call))
+        y = y[0] if isinstance(y, tuple) else y
+        if not isinstance(y, Tensor) or y.shape != self.x.shape:
+            raise MismatchError(
+                f"it returns no tensor of shape {tuple(self.x.shape)} for one like it"
+            )
+        return y[self.attended]
+
+    def equation(self, block: Block, weights: Any) -> Tensor:
+        """What the block's equation makes of it, at the positions that count."""
+        if block.kind == "ffn":
+            return _EQUATIONS["ffn"](self.x, weights)[self.attended]
+        mask = None if self.mask is None else self.mask[:, 0, 0]
+        bias = None if self.bias is None else self.bias[0]
+        return _EQUATIONS[block.kind](self.x, weights, mask, bias)[self.attended]
+
+
+def _samples(block: Block, hidden: int, heads: int, dtype: torch.dtype) -> Iterator[_Sample]:
+    """Without padding and, where there is attention, with some."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(_SEQUENCES, _TOKENS, hidden, generator=random).to(dtype)
+    everything = torch.ones(_SEQUENCES, _TOKENS, dtype=torch.bool)
+    bias = None
+    if "mpnet" in block.call:
+        bias = torch.randn(1, heads, _TOKENS, _TOKENS, generator=random).to(dtype)
+        bias = bias.expand(_SEQUENCES, -1, -1, -1)
+    yield _Sample(x, None, bias, everything)
+    if block.kind == "ffn":
+        return
+    attended = everything.clone()
+    attended[-1, _KEPT:] = False
+    least = torch.finfo(dtype).min
+    mask = torch.zeros(_SEQUENCES, 1, 1, _TOKENS, dtype=dtype)
+    yield _Sample(x, mask.masked_fill(~attended[:, None, None], least), bias, attended)
+
+
+@torch.no_grad()
+def fitting(module: nn.Module, proposals: Sequence[Block], precision: str) -> Packs:
+    """The first proposal that computes what ``module`` does, packed.
+
+    Args:
+        module: is not changed.
+        proposals: descriptions of the module; their activation is found out.
+        precision: ``highest``, ``high`` or ``medium``.
+
+    Raises:
+        MismatchError: none does, or the kernels can't; says why.
+    """
+    dtype = _check_weights(module, proposals[0])
+    try:
+        exact = copy.deepcopy(module).double().eval()
+    except Exception as error:
+        raise MismatchError(f"it can't be copied to be compared: {_short(error)}") from error
+    block = _identified(copy.deepcopy(exact), proposals)
+    packs = Packs(block, precision)
+    try:
+        packed = packs.fresh(module)
+    except RuntimeError as error:
+        raise MismatchError(_short(error.__cause__ or error)) from error
+    _check_kernels(module, exact, packs, packed, dtype)
+    return packs
+
+
+def _check_weights(module: nn.Module, block: Block) -> torch.dtype:
+    """The dtype of the weights, all on the CPU."""
+    parts = [module.get_submodule(n) for n in (*block.linears(), *block.norms())]
+    held = [p for part in parts for p in part.parameters(recurse=False)]
+    devices = {str(p.device) for p in held if p.device.type != "cpu"}
+    if devices:
+        raise MismatchError(f"its weights are on {', '.join(sorted(devices))}; accepted: cpu")
+    kinds = {p.dtype for p in held}
+    if len(kinds) > 1 or not kinds <= set(_DTYPES):
+        accepted = " or ".join(map(str, _DTYPES))
+        found = ", ".join(sorted(map(str, kinds)))
+        raise MismatchError(f"its weights have dtype {found}; accepted: {accepted}, one for all")
+    return held[0].dtype
+
+
+def _sizes(module: nn.Module, block: Block) -> tuple[int, int]:
+    """Hidden size, and the number of heads (0 without attention)."""
+    first: Any = module.get_submodule(block.linears()[0])
+    heads = 0 if block.attention is None else first.out_features // block.attention.head_dim
+    return first.in_features, heads
+
+
+def _identified(exact: nn.Module, proposals: Sequence[Block]) -> Block:
+    """The description that is the module's: proposals with each activation, on random weights."""
+    _randomize(exact)
+    hidden, heads = _sizes(exact, proposals[0])
+    samples = list(_samples(proposals[0], hidden, heads, torch.float64))
+    left = [
+        (replace(b, ffn=replace(b.ffn, activation=name)) if b.ffn is not None else b)
+        for b in proposals
+        for name in (_ACTIVATIONS if b.ffn is not None else ("",))
+    ]
+    for scale in _SCALES:
+        if proposals[0].ffn is not None:
+            first = exact.get_submodule(proposals[0].ffn.fc1)
+            for parameter in first.parameters():
+                parameter.mul_(scale)
+        try:
+            wanted = [s.output(exact, proposals[0].call) for s in samples]
+        except MismatchError:
+            raise
+        except Exception as error:
+            raise MismatchError(f"it can't be called on hidden states: {_short(error)}") from error
+        left = [b for b in left if _same(exact, b, samples, wanted)]
+    if not left:
+        parts = "attention" if proposals[0].ffn is None else "FFN, activation"
+        raise MismatchError(
+            f"{type(exact).__name__} computes something else than its kind of block does "
+            f"({parts} or order of parts is not known)"
+        )
+    return left[0]
+
+
+def _same(
+    exact: nn.Module, block: Block, samples: Sequence[_Sample], wanted: Sequence[Tensor]
+) -> bool:
+    weights = weights_of(exact, block)
+    return all(
+        accuracy.relative_error(s.equation(block, weights), y) <= _SAME
+        for s, y in zip(samples, wanted)
+    )
+
+
+def _randomize(module: nn.Module) -> None:
+    """Weights in which every part matters: of variance 1 / 3 per input, norms around one."""
+    random = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            bound = max(parameter.shape[-1], 1) ** -0.5
+            parameter.uniform_(-bound, bound, generator=random)
+        else:
+            parameter.uniform_(0.5, 1.5, generator=random)
+
+
+def _check_kernels(
+    module: nn.Module, exact: nn.Module, packs: Packs, packed: Packed, dtype: torch.dtype
+) -> None:
+    """Refuse kernels that are further from float64 than plain PyTorch may be."""
+    fused: Any = copy.copy(module)
+    install(fused, packs.block.call, packs)
+    fused.training = False
+    block = packs.block
+    allowed = {"bf16x6": "fp32", "bf16x3": "fp32-high", "fp32": "fp32", "bf16": "fp32-medium"}
+    kind = "bf16" if dtype == torch.bfloat16 else allowed[packed.math]
+    hidden, heads = _sizes(module, block)
+    for narrow in _samples(block, hidden, heads, dtype):
+        # The very numbers of the narrower sample; only the mask's own least number is another.
+        mask = narrow.mask
+        if mask is not None:
+            mask = torch.zeros_like(mask, dtype=torch.float64).masked_fill(
+                mask < 0, torch.finfo(torch.float64).min
+            )
+        bias = None if narrow.bias is None else narrow.bias.double()
+        wide = replace(narrow, x=narrow.x.double(), mask=mask, bias=bias)
+        want = wide.output(exact, block.call)
+        error = accuracy.relative_error(narrow.output(fused, block.call), want)
+        bound = accuracy.rounding_bound(lambda s=wide: s.output(exact, block.call), want, kind)  # type: ignore[misc]
+        if not error <= bound:
+            raise MismatchError(
+                f"on a sample its fused output differs from that in float64 by {error:.2g}, "
+                f"plain PyTorch's by at most {bound:.2g}"
+            )
+
+
+def _short(error: BaseException) -> str:
+    """An error as a part of a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,289 @@
+"""The fused state: modules that compute a whole block in one call, from packed weights.
+
+A fused module is the very object that was there: its class is replaced by one derived from it, so
+that parameters, submodules, names in the state dict, hooks and ``isinstance`` stay. It computes in
+evaluation mode, without gradients, on the CPU; a call that it can't serve raises, and the message
+names ``slimkern.unfuse_``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkern.nn.packs import OPS, Packs
+from slimkern.ops import common_slice
+
+UNFUSE = "slimkern.unfuse_(model) gives back the plain module"
+_PER_QUERY = (
+    "the attention mask is not the same for every query and head; fused modules take one of keys "
+    f"alone ([batch, 1, 1, tokens], or equal rows). {UNFUSE}"
+)
+_PER_SEQUENCE = (
+    f"the position bias is not the same for every sequence, as fused modules need it. {UNFUSE}"
+)
+# Arguments that layers pass down to attention, and that fused modules do not know.
+_UNKNOWN = frozenset({
+    "output_attentions", "encoder_hidden_states", "encoder_attention_mask", "past_key_values",
+    "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "softcap",
+})  # fmt: skip
+
+
+def keys_of(mask: Tensor) -> Tensor:
+    """A mask of four dimensions, [B or 1, heads or 1, T or 1, T], as [B or 1, 1, 1, T].
+
+    Raises:
+        ValueError: another shape, or queries or heads that see different keys.
+        TypeError: neither bool nor floating.
+    """
+    if mask.dim() != 4:
+        raise ValueError(
+            f"the attention mask has shape {tuple(mask.shape)}; fused modules accept "
+            f"[batch, 1, tokens or 1, tokens]. {UNFUSE}"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"the attention mask has dtype {mask.dtype}; fused modules accept bool and floating. "
+            f"{UNFUSE}"
+        )
+    for dim in (1, 2):
+        mask = common_slice(mask, dim, _PER_QUERY)
+    return mask
+
+
+class FusedModule(nn.Module):
+    """What all fused modules share. ``fused_from`` is the class that was replaced.
+
+    Attributes:
+        packs: of a block; a stack of blocks has none.
+    """
+
+    fused_from: type[nn.Module]
+    call: str
+    packs: Packs
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class is made at run time: copies and pickles make it again from its parts."""
+        parts: Any = super().__reduce_ex__(protocol)
+        return (_revive, (self.fused_from, self.call), *parts[2:])
+
+    def _refuse(self, given: dict[str, Any]) -> None:
+        """Raise where a call asks for what this module can't give."""
+        if self.training:
+            raise RuntimeError(
+                f"{type(self).__name__} is in training mode and has no gradient: call "
+                f"model.eval() for inference; to train, {UNFUSE}"
+            )
+        for name in given:
+            if name in _UNKNOWN and given[name] is not None and given[name] is not False:
+                what = "attention maps" if name == "output_attentions" else name
+                raise RuntimeError(
+                    f"{type(self).__name__} has no {what} ({name} is given). {UNFUSE}"
+                )
+
+    def _pack(self) -> Any:
+        """The packed weights of now. A compiled graph reads those that were there: parameters that
+        change later are noticed by the next call outside of it."""
+        if torch.compiler.is_compiling():
+            packed = self.packs.packed
+            if packed is None:
+                raise RuntimeError("a fused module has no pack yet: call it once before compiling")
+            return packed
+        return self.packs.fresh(self)
+
+    def _attend(self, x: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """The block on x [B, T, hidden], a mask of four dimensions, a bias [B or 1, h, T, T]."""
+        packed = self._pack()
+        if mask is not None:
+            mask = keys_of(mask)[:, 0, 0]
+            if mask.shape[0] != x.shape[0]:
+                mask = mask.expand(x.shape[0], -1)
+        if bias is not None:
+            bias = common_slice(bias, 0, _PER_SEQUENCE)[0]
+        return OPS[self.packs.block.kind](x, packed, mask, bias)
+
+
+class BertLayer(FusedModule):
+    """BERT, RoBERTa, XLM-R, ELECTRA: returns the hidden states."""
+
+    call = "bert_layer"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """[B, T, hidden] -> [B, T, hidden]; zeros behind the last key that the mask keeps."""
+        if encoder_hidden_states is not None or past_key_values is not None:
+            kwargs["encoder_hidden_states"] = encoder_hidden_states
+            kwargs["past_key_values"] = past_key_values
+        self._refuse(kwargs)
+        return self._attend(hidden_states, attention_mask)
+
+
+class BertAttention(BertLayer):
+    """Attention of the same families: returns hidden states and no attention map."""
+
+    call = "bert_attention"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's, in a tuple."""
+        return super().forward(*args, **kwargs), None
+
+
+class DistilBertLayer(FusedModule):
+    """DistilBERT: returns the hidden states."""
+
+    call = "distilbert_layer"
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """[B, T, hidden] -> [B, T, hidden]; zeros behind the last key that the mask keeps."""
+        self._refuse(kwargs)
+        return self._attend(hidden_states, attention_mask)
+
+
+class DistilBertAttention(DistilBertLayer):
+    """DistilBERT's attention: returns hidden states and no attention map."""
+
+    call = "distilbert_attention"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's, in a tuple."""
+        return super().forward(*args, **kwargs), None
+
+
+class MPNetLayer(FusedModule):
+    """MPNet, layer or attention: returns a tuple of the hidden states alone."""
+
+    call = "mpnet_layer"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor]:
+        """[B, T, hidden] -> [B, T, hidden]; zeros behind the last key that the mask keeps."""
+        if output_attentions:
+            kwargs["output_attentions"] = True
+        self._refuse(kwargs)
+        return (self._attend(hidden_states, attention_mask, position_bias),)
+
+
+class MPNetAttention(MPNetLayer):
+    """MPNet's attention, called as its layer."""
+
+    call = "mpnet_attention"
+
+
+class Ffn(FusedModule):
+    """An FFN of any module that is called with one tensor."""
+
+    call = "ffn"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        self._refuse({})
+        return OPS["ffn"](x, self._pack())
+
+
+class _Stack(FusedModule):
+    """Hands a mask to many layers: brought into the form that they take once for all of them.
+
+    What the layers get is a mask for plain ones, too.
+    """
+
+    def _once(self, mask: Tensor | None, given: dict[str, Any], config: Any) -> Tensor | None:
+        if given.get("output_attentions", getattr(config, "output_attentions", False)):
+            given = {**given, "output_attentions": True}
+        self._refuse(given)
+        return None if mask is None else keys_of(mask)
+
+
+class BertStack(_Stack):
+    """The encoder of BERT, RoBERTa, XLM-R, ELECTRA."""
+
+    call = "bert_stack"
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *a: Any, **kw: Any) -> Any:
+        """As the plain encoder's."""
+        mask = self._once(attention_mask, kw, self.config)
+        return super().forward(hidden_states, mask, *a, **kw)
+
+
+class DistilBertStack(_Stack):
+    """The encoder of DistilBERT."""
+
+    call = "distilbert_stack"
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kw: Any) -> Any:
+        """As the plain encoder's."""
+        config = self.layer[0].attention.config  # type: ignore[index, union-attr]
+        mask = self._once(attention_mask, kw, config)
+        return super().forward(hidden_states, mask, **kw)
+
+
+class MPNetStack(_Stack):
+    """The encoder of MPNet."""
+
+    call = "mpnet_stack"
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *a: Any, **kw: Any) -> Any:
+        """As the plain encoder's."""
+        mask = self._once(attention_mask, kw, None)
+        return super().forward(hidden_states, mask, *a, **kw)
+
+    def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The bias once for all sequences, [1, heads, T, T], in float32."""
+        made: Tensor = super().compute_position_bias(x[:1], *args, **kwargs)  # type: ignore[misc]
+        return made.float()
+
+
+_CALLS: dict[str, type[FusedModule]] = {
+    kind.call: kind
+    for kind in (
+        BertLayer, BertAttention, DistilBertLayer, DistilBertAttention, MPNetLayer,
+        MPNetAttention, Ffn, BertStack, DistilBertStack, MPNetStack,
+    )
+}  # fmt: skip
+
+
+_CLASSES: dict[tuple[type[nn.Module], str], type[FusedModule]] = {}
+
+
+def fused_class(base: type[nn.Module], call: str) -> type[FusedModule]:
+    """``FusedBertLayer``, derived from ``BertLayer``: one class for each that is replaced."""
+    names = {"fused_from": base, "__module__": __name__, "__doc__": f"{base.__name__}, fused."}
+    if (base, call) not in _CLASSES:
+        made = type(f"Fused{base.__name__}", (_CALLS[call], base), names)
+        _CLASSES.setdefault((base, call), made)  # of two threads' classes, one is used
+    return _CLASSES[base, call]
+
+
+def _revive(base: type[nn.Module], call: str) -> FusedModule:
+    kind = fused_class(base, call)
+    return kind.__new__(kind)
+
+
+def install(module: nn.Module, call: str, packs: Packs | None) -> None:
+    """Make a module a fused one, in place. Nothing in it can fail."""
+    module.__class__ = fused_class(type(module), call)
+    if packs is not None:
+        module.packs = packs  # type: ignore[assignment]
+
+
+def release(module: FusedModule) -> nn.Module:
+    """The inverse of :func:`install`: the plain module, parameters untouched."""
+    vars(module).pop("packs", None)
+    module.__class__ = module.fused_from  # type: ignore[assignment]
+    return module
