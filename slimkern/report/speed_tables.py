@@ -17,6 +17,7 @@ from slimkern.report.speed_schema import Precision, SpeedResults
 LEVEL_ORDER = tuple(text.LEVEL_NAMES)
 README_FAMILIES = 2  # model families that fit a README
 _BETWEEN: tuple[Precision, ...] = ("fp32-high", "fp32-medium")
+_OTHER_CUTS = ("hand-sliced", "torch-pruning")
 _SPARSITY = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -25,7 +26,9 @@ def readme_table(results: SpeedResults) -> str:
 
     A row per provider and precision, a column per shape, ``307 → 105`` for dense and slim. Models
     that come without a slim partner (a user's own bench) show their time alone. Of the precisions
-    between float32 and bfloat16 only slimkern's own rows are here; the full tables have all.
+    between float32 and bfloat16 only slimkern's own rows are here, models that were cut by other
+    means (the check that slim is slim) are not, and of what was not run only providers that did
+    nothing at all; the full tables have everything.
 
     Raises:
         ValueError: the results are malformed; the message names the row and key.
@@ -34,7 +37,7 @@ def readme_table(results: SpeedResults) -> str:
     parts = [text.first_line(results) + ".", *_failures(reading)]
     parts += [_family(reading, name, works) for name, works in _families(reading)]
     parts += [_training(reading, work) for work in _first_works(reading, "training", 1)]
-    return "\n\n".join([*parts, *_left_out(reading)]) + "\n"
+    return "\n\n".join([*parts, *_left_out(reading, absent_only=True)]) + "\n"
 
 
 def full_tables(results: SpeedResults) -> str:
@@ -155,10 +158,16 @@ def _were(reading: Reading) -> str:
     return "was not timed" if len(reading.failed) == 1 else "were not timed"
 
 
-def _left_out(reading: Reading) -> list[str]:
-    if not reading.skipped:
+def _left_out(reading: Reading, absent_only: bool = False) -> list[str]:
+    """What was not run and why; with ``absent_only`` of providers that were never timed."""
+    timed = {name for block in reading.blocks for name in block.entries} if absent_only else set()
+    lines = [
+        f"- {skipped_line(skipped)}"
+        for skipped in reading.skipped
+        if any(provider not in timed for provider, _, _ in skipped.who)
+    ]
+    if not lines:
         return []
-    lines = [f"- {skipped_line(skipped)}" for skipped in reading.skipped]
     return ["Not run:\n\n" + "\n".join(lines)]
 
 
@@ -203,7 +212,7 @@ def _family(reading: Reading, name: str, works: tuple[str, ...]) -> str:
     for precision in reading.precisions("model"):
         own = [b for b in blocks if b.precision == precision]
         for provider in reading.providers_of(own):
-            if precision in _BETWEEN and not is_own(provider):
+            if provider in _OTHER_CUTS or (precision in _BETWEEN and not is_own(provider)):
                 continue
             cells = []
             for shape in shapes:
