@@ -34,12 +34,16 @@ bool has_ffn(int64_t kind) {
          kind == static_cast<int64_t>(PackKind::kEncoderLayer);
 }
 
+// `most`, or 0 where the part of a block that a field belongs to is absent.
+int64_t most_if(bool present, int64_t most) { return present ? most : 0; }
+
 void check_attention(const PackSpec& s) {
-  check_range("heads", s.heads, 0, 1 << 16);
+  const bool has = has_attention(s.kind);
+  check_range("heads", s.heads, 0, most_if(has, 1 << 16));
   check_range("kv_heads", s.kv_heads, s.heads > 0 ? 1 : 0, s.heads);
-  check_range("head_dim", s.head_dim, 1, 256);
-  check_range("causal", s.causal, 0, 1);
-  check_range("attention_residual", s.attention_residual, 0, 1);
+  check_range("head_dim", s.head_dim, has ? 1 : 0, most_if(has, 256));
+  check_range("causal", s.causal, 0, most_if(has, 1));
+  check_range("attention_residual", s.attention_residual, 0, most_if(has, 1));
   if (s.kv_heads > 0 && s.heads % s.kv_heads != 0) {
     refuse("heads is " + std::to_string(s.heads) + "; accepted: a multiple of kv_heads, " +
            std::to_string(s.kv_heads));
@@ -47,24 +51,29 @@ void check_attention(const PackSpec& s) {
   if (!std::isfinite(s.scale)) refuse("scale is not finite");
 }
 
+void check_ffn(const PackSpec& s) {
+  const bool has = has_ffn(s.kind);
+  check_range("channels", s.channels, 0, most_if(has, kMaxSize));
+  check_range("gated", s.gated, 0, most_if(has, 1));
+  check_range("activation", s.activation, 0, most_if(has, kActivationCount - 1));
+  check_range("ffn_residual", s.ffn_residual, 0, most_if(has, 1));
+}
+
 void check_spec(const PackSpec& s) {
   check_range("isa", s.isa, 0, kIsaCount - 1);
   check_range("kind", s.kind, 0, kPackKinds - 1);
   check_range("math", s.math, 0, kMathCount - 1);
-  if (s.kind == static_cast<int64_t>(PackKind::kLinear)) {
-    check_range("in", s.in, 0, kMaxSize);
-    check_range("out", s.out, 0, kMaxSize);
-    return;
+  const bool linear = s.kind == static_cast<int64_t>(PackKind::kLinear);
+  check_range("in", s.in, 0, most_if(linear, kMaxSize));
+  check_range("out", s.out, 0, most_if(linear, kMaxSize));
+  check_range("hidden", s.hidden, linear ? 0 : 1, most_if(!linear, kMaxSize));
+  check_attention(s);
+  check_ffn(s);
+  for (int i = 0; i < kNormSlots; ++i) {
+    const bool has = i < static_cast<int>(NormSlot::kFfnPre) ? has_attention(s.kind)
+                                                             : has_ffn(s.kind);
+    check_range("norm", s.norm[i], 0, most_if(has, static_cast<int64_t>(Norm::kRms)));
   }
-  check_range("hidden", s.hidden, 1, kMaxSize);
-  if (has_attention(s.kind)) check_attention(s);
-  if (has_ffn(s.kind)) {
-    check_range("channels", s.channels, 0, kMaxSize);
-    check_range("gated", s.gated, 0, 1);
-    check_range("activation", s.activation, 0, kActivationCount - 1);
-    check_range("ffn_residual", s.ffn_residual, 0, 1);
-  }
-  for (const int64_t norm : s.norm) check_range("norm", norm, 0, static_cast<int64_t>(Norm::kRms));
 }
 
 PackedLinear place_linear(Arena& arena, const LinearKernel& kernel, int64_t N, int64_t K,

@@ -99,13 +99,13 @@ def pack_encoder_layer(weights: EncoderLayerWeights, *, math: str | None = None)
     return packer.done(hidden, hidden)
 
 
-def check_call(op: str, kind: str, x: Tensor, packed: Packed) -> None:
+def check_call(op: str, kind: str, x: Tensor, packed: Packed, *others: Tensor | None) -> None:
     """What every op on a pack asks of its arguments before it is called.
 
     Raises:
         RuntimeError: a gradient is asked for.
         TypeError: not a pack, or one of another kind.
-        ValueError: x is on another device than a CPU, or has rows of another width.
+        ValueError: x or another tensor is not on a CPU, or x has rows of another width.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError(
@@ -114,8 +114,10 @@ def check_call(op: str, kind: str, x: Tensor, packed: Packed) -> None:
         )
     if packed.kind != kind:
         raise TypeError(f"packed holds {packed.kind}; {op} accepts: {kind}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x is on {x.device}; {op} accepts: cpu")
+    for tensor in (x, *others):
+        if tensor is not None and tensor.device.type != "cpu":
+            name = "x" if tensor is x else "a mask"
+            raise ValueError(f"{name} is on {tensor.device}; {op} accepts: cpu")
     if x.dim() == 0 or x.shape[-1] != packed.in_features:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; {op} accepts: a last dimension of {packed.in_features}"

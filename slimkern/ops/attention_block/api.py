@@ -44,5 +44,5 @@ def attention_block(
         TypeError: a dtype does not fit.
         RuntimeError: a gradient is asked for.
     """
-    check_call("attention_block", "attention_block", x, packed)
+    check_call("attention_block", "attention_block", x, packed, mask, head_bias)
     return _op(x, packed.data, mask, head_bias, "cpu")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkern.ops._weights import AttentionWeights
+from slimkern.ops._weights import AttentionWeights, LinearWeights
 from slimkern.ops.ffn.reference import linear, norm
 
 REMOVED = -1e30
@@ -48,10 +48,10 @@ def attention_block(
     d = weights.head_dim
     pre = norm(weights.pre, x)
 
-    def heads(name: str) -> Tensor:
-        return linear(getattr(weights, name), pre).view(B, T, -1, d).transpose(1, 2)
+    def heads(part: LinearWeights) -> Tensor:
+        return linear(part, pre).view(B, T, part.weight.shape[0] // d, d).transpose(1, 2)
 
-    q, k, v = heads("query"), heads("key"), heads("value")
+    q, k, v = heads(weights.query), heads(weights.key), heads(weights.value)
     group = q.shape[1] // max(k.shape[1], 1)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     added = key_mask(mask, x)
@@ -63,6 +63,6 @@ def attention_block(
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
     unseen = (scores == float("-inf")).all(-1, keepdim=True)
     context = torch.softmax(scores.masked_fill(unseen, 0.0), -1).masked_fill(unseen, 0.0) @ v
-    y = linear(weights.output, context.transpose(1, 2).reshape(B, T, -1))
+    y = linear(weights.output, context.transpose(1, 2).flatten(2))
     y = norm(weights.post, x + y if weights.residual else y)
     return y.masked_fill(~valid_rows(added)[..., None], 0.0)

@@ -36,5 +36,5 @@ def encoder_layer(
     Raises:
         ValueError, TypeError, RuntimeError: as `slimkern.ops.attention_block`.
     """
-    check_call("encoder_layer", "encoder_layer", x, packed)
+    check_call("encoder_layer", "encoder_layer", x, packed, mask, head_bias)
     return _op(x, packed.data, mask, head_bias, "cpu")
