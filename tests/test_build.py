@@ -41,7 +41,7 @@ def test_an_isa_file_exports_one_table_and_nothing_weak(kernel_objects):
         symbols = [line.split()[-2:] for line in output_of("nm", str(path)).splitlines()]
         exported = [symbol for kind, symbol in symbols if kind.isupper() and kind != "U"]
         assert len(exported) == 1, (name, exported)
-        assert re.search(r"k(Scalar|Avx2|Avx512)E", exported[0])
+        assert re.search(r"k(Scalar|Avx2|Avx512|Avx512Bf16|Amx)E", exported[0])
         assert not [symbol for kind, symbol in symbols if kind in "WwVvu"], name
         unknown = {symbol for kind, symbol in symbols if kind == "U"}
         assert unknown <= {"memcpy", "memset", "memmove", "__stack_chk_fail"}, name
@@ -49,11 +49,12 @@ def test_an_isa_file_exports_one_table_and_nothing_weak(kernel_objects):
 
 @needs_binutils
 def test_only_isa_files_use_wide_registers(kernel_objects):
-    wide = {"isa/avx2": {"ymm"}, "isa/avx512": {"ymm", "zmm"}}
+    wide = {"isa/avx2": {"ymm"}, "isa/avx512": {"ymm", "zmm"}, "isa/avx512_bf16": {"ymm", "zmm"}}
+    wide |= {"isa/amx": {"ymm", "zmm", "tmm"}}
     for name, path in kernel_objects.items():
         if not is_x86(path):
             pytest.skip("the compiler's target is not x86-64")
-        used = set(re.findall(r"%([yz]mm)\d", output_of("objdump", "-d", str(path))))
+        used = set(re.findall(r"%([yzt]mm)\d", output_of("objdump", "-d", str(path))))
         assert used == wide.get(name, set()), name
 
 
@@ -93,13 +94,14 @@ def test_csrc_includes_stay_in_their_rooms():
 def test_each_target_gets_its_files():
     x86 = {path.name for path in setup.sources("x86_64-linux-gnu")}
     arm = setup.sources("aarch64-linux-gnu")
-    assert {"scalar.cpp", "avx2.cpp", "avx512.cpp", "bindings.cpp"} <= x86
-    assert {path.name for path in arm} == x86 - {"avx2.cpp", "avx512.cpp"}
+    wide = {"avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"}
+    assert {"scalar.cpp", "bindings.cpp"} | wide <= x86
+    assert {path.name for path in arm} == x86 - wide
     assert not any(flag.startswith("-m") for flags in arm.values() for flag in flags)
     for path, flags in setup.sources("x86_64-linux-gnu").items():
         assert "-march=x86-64" in flags
         assert "-march=native" not in flags
-        assert any(flag.startswith("-mavx") for flag in flags) == (path.stem in ("avx2", "avx512"))
+        assert any(flag.startswith("-mavx") for flag in flags) == (path.name in wide)
 
 
 def test_the_scalar_file_alone_works(tmp_path):
