@@ -11,10 +11,12 @@
 namespace slimkern {
 
 const KernelTable kAmx = {
-    {gemm_kernel<Avx512, float>(), gemm_kernel<Avx512, bf16_t>(), gemm_kernel<Scalar<double>, double>()},
+    {gemm_kernel<Avx512, float>(), gemm_kernel<Avx512, bf16_t>(),
+     gemm_kernel<Scalar<double>, double>()},
     {column_sum<float>, column_sum<bf16_t>, column_sum<double>},
     {linear_kernel<FloatWords<Avx512>>(), tiled_linear_kernel<Avx512Bf16, AmxTiles, 1>(),
-     tiled_linear_kernel<Avx512Bf16, AmxTiles, 2>(), tiled_linear_kernel<Avx512Bf16, AmxTiles, 3>()},
+     tiled_linear_kernel<Avx512Bf16, AmxTiles, 2>(),
+     tiled_linear_kernel<Avx512Bf16, AmxTiles, 3>()},
     row_kernel<Avx512Rows>(),
 };
 

@@ -36,7 +36,8 @@ int64_t linear_packed_bytes(int64_t N, int64_t K) {
 template <class Words>
 int panel_vectors(int64_t left) {
   constexpr int kWidth = Words::Simd::kWidth;
-  return left >= kPanel<Words> ? Words::Simd::kVectors : static_cast<int>((left + kWidth - 1) / kWidth);
+  const int64_t vectors = (left + kWidth - 1) / kWidth;
+  return clamp_count(vectors, Words::Simd::kVectors);
 }
 
 template <class Words, class T>
@@ -89,22 +90,21 @@ void linear_load(const void* x, DType dtype, int64_t stride, int64_t rows, int64
   }
 }
 
-// One register tile and where it goes.
+// One register tile and where it goes. All of its columns are there: a narrow one goes to a buffer.
 struct LinearTile {
   const float* x;
   int64_t x_stride;
   int64_t words;
   const float* panel;
-  const float* bias;  // or null
-  bool accumulate;
+  const float* start;  // what the products are added to, or null
+  int64_t start_stride;
   float* out;
   int64_t out_stride;
-  int width;  // columns that are stored
 };
 
-template <class Words, int kRows, int kVectors>
+template <class Products, int kRows, int kVectors>
 [[gnu::noinline]] void linear_tile(const LinearTile& t) {
-  using Simd = typename Words::Simd;
+  using Simd = typename Products::Simd;
   using Vec = typename Simd::Vec;
   constexpr int kWidth = Simd::kWidth, kPitch = kVectors * kWidth;
   // Few rows: several steps of k at a time, each with accumulators of its own, keep the
@@ -115,18 +115,13 @@ template <class Words, int kRows, int kVectors>
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const float* start = t.accumulate ? t.out + i * t.out_stride : t.bias;
-      const int count = clamp_count(t.width - v * kWidth, kWidth);
-      acc[0][i][v] = start == nullptr ? Simd::zero()
-                     : count == kWidth ? Simd::load(start + v * kWidth)
-                                       : Simd::load_first(start + v * kWidth, count);
+      acc[0][i][v] = t.start == nullptr
+                         ? Simd::zero()
+                         : Simd::load(t.start + i * t.start_stride + v * kWidth);
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; ++c) acc[c][i][v] = Simd::zero();
     }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVectors * kWidth; v += 16) __builtin_prefetch(t.out + i * t.out_stride + v, 1);
+    for (int j = 0; j < kPitch; j += 16) __builtin_prefetch(t.out + i * t.out_stride + j, 1);
   }
   const float* panel = t.panel;
   const float* x = t.x;
@@ -139,7 +134,7 @@ template <class Words, int kRows, int kVectors>
       const Vec row = Simd::broadcast(x + i * t.x_stride);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        acc[chain][i][v] = Words::multiply(row, column[v], acc[chain][i][v]);
+        acc[chain][i][v] = Products::add(row, column[v], acc[chain][i][v]);
       }
     }
     panel += kPitch;
@@ -150,44 +145,58 @@ template <class Words, int kRows, int kVectors>
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) step(c);
   }
-  for (; k < t.words; ++k) step(0);
+  if constexpr (kChains > 1) {
+    for (; k < t.words; ++k) step(0);
+  }
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; ++c) acc[0][i][v] = Simd::add(acc[0][i][v], acc[c][i][v]);
-      float* out = t.out + i * t.out_stride + v * kWidth;
-      const int count = clamp_count(t.width - v * kWidth, kWidth);
-      if (count == kWidth) {
-        Simd::store(out, acc[0][i][v]);
-      } else {
-        Simd::store_first(out, acc[0][i][v], count);
-      }
+      Simd::store(t.out + i * t.out_stride + v * kWidth, acc[0][i][v]);
     }
   }
 }
 
-template <class Words, int kVectors, int kRows = Words::Simd::kMr>
+template <class Products, int kVectors, int kRows = Products::Simd::kMr>
 void run_tile(int rows, const LinearTile& t) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return linear_tile<Words, kRows, kVectors>(t);
-    run_tile<Words, kVectors, kRows - 1>(rows, t);
+    if (rows == kRows) return linear_tile<Products, kRows, kVectors>(t);
+    run_tile<Products, kVectors, kRows - 1>(rows, t);
   }
 }
 
-template <class Words, int kVectors = Words::Simd::kVectors>
-void run_panel(int vectors, int64_t rows, LinearTile t) {
+// `rows` rows of one panel, of which `width` columns are stored.
+template <class Products, int kVectors = Products::Simd::kVectors>
+void run_panel(int vectors, int width, int64_t rows, LinearTile t) {
   if constexpr (kVectors > 0) {
-    if (vectors != kVectors) return run_panel<Words, kVectors - 1>(vectors, rows, t);
-    constexpr int kMr = Words::Simd::kMr;
+    if (vectors != kVectors) return run_panel<Products, kVectors - 1>(vectors, width, rows, t);
+    using Simd = typename Products::Simd;
+    constexpr int kMr = Simd::kMr, kPitch = kVectors * Simd::kWidth;
+    // Rows 4 KiB apart meet in one set of the first-level cache, which has eight or twelve places.
     const int most = t.x_stride % 1024 == 0 && kMr > 8 ? 8 : kMr;
     const int64_t tiles = (rows + most - 1) / most;
     for (int64_t i = 0; i < tiles; ++i) {  // of even height: 16 rows are 8 and 8, not 12 and 4
       const int height = static_cast<int>(rows * (i + 1) / tiles - rows * i / tiles);
-      run_tile<Words, kVectors>(height, t);
+      if (width == kPitch) {
+        run_tile<Products, kVectors>(height, t);
+      } else {
+        float buffer[kMr * kPitch] = {};
+        LinearTile narrow = t;
+        if (t.start != nullptr) {
+          copy_rows<Simd>(t.start, t.start_stride, buffer, kPitch, height, width);
+          narrow.start = buffer;
+          narrow.start_stride = kPitch;
+        }
+        narrow.out = buffer;
+        narrow.out_stride = kPitch;
+        run_tile<Products, kVectors>(height, narrow);
+        copy_rows<Simd>(buffer, kPitch, t.out, t.out_stride, height, width);
+      }
       t.x += height * t.x_stride;
       t.out += height * t.out_stride;
+      if (t.start != nullptr) t.start += height * t.start_stride;
     }
   }
 }
@@ -200,13 +209,20 @@ void linear_multiply(const void* operand, int64_t operand_stride, int64_t rows, 
   const int64_t words = words_of(K, Words::kPerWord);
   const int64_t stride = Words::kRowsInPlace ? operand_stride : row_words<Words>(K);
   for (int64_t m = 0; m < rows; m += kRowBlock) {
-    LinearTile t{static_cast<const float*>(operand) + m * stride, stride, words,
-                 static_cast<const float*>(packed) + n.begin * words, nullptr, accumulate,
-                 out + m * out_stride, out_stride, kNr};
-    for (int64_t n0 = n.begin; n0 < n.end; n0 += kNr, t.panel += kNr * words, t.out += kNr) {
-      t.width = clamp_count(n.end - n0, kNr);
-      t.bias = bias == nullptr ? nullptr : bias + n0;
-      run_panel<Words>(panel_vectors<Words>(n.end - n0), clamp_count(rows - m, kRowBlock), t);
+    const float* x = static_cast<const float*>(operand) + m * stride;
+    const float* panel = static_cast<const float*>(packed) + n.begin * words;
+    float* to = out + m * out_stride;
+    for (int64_t n0 = n.begin; n0 < n.end; n0 += kNr, panel += kNr * words, to += kNr) {
+      LinearTile t{x, stride, words, panel, nullptr, 0, to, out_stride};
+      if (accumulate) {
+        t.start = to;
+        t.start_stride = out_stride;
+      } else if (bias != nullptr) {
+        t.start = bias + n0;  // the same for every row
+      }
+      run_panel<typename Words::Products>(panel_vectors<Words>(n.end - n0),
+                                          clamp_count(n.end - n0, kNr),
+                                          clamp_count(rows - m, kRowBlock), t);
     }
   }
 }

@@ -19,52 +19,89 @@ inline int clamp_count(int64_t left, int most) {
   return left < most ? static_cast<int>(left < 0 ? 0 : left) : most;
 }
 
+// lanes[i][j] = data[column j, k i]; zero where there is no such column or no such k.
+template <int kWidth, class T>
+[[gnu::noinline]] void gather_block(const T* data, const MatView& w, int count, int depth,
+                                    float (&lanes)[kBlock][kWidth]) {
+  for (int i = 0; i < kBlock; ++i) {
+    for (int j = 0; j < kWidth; ++j) {
+      const bool there = i < depth && j < count;
+      lanes[i][j] = there ? widen(data[j * w.row_stride + i * w.col_stride]) : 0.f;
+    }
+  }
+}
+
 // block[i] = w[n .. n + count, k + i]; zero where there is no such column (count < kWidth) or no
-// such k (depth < kBlock).
+// such k (depth < kBlock). Whole blocks whose columns or k are neighbours are the fast ones.
 template <class Simd, class T>
 void load_block(const MatView& w, int64_t n, int count, int64_t k, int depth,
                 typename Simd::Vec (&block)[kBlock]) {
   constexpr int kWidth = Simd::kWidth;
   const T* data = static_cast<const T*>(w.data) + n * w.row_stride + k * w.col_stride;
-  if (kWidth > 1 && w.col_stride == 1) {
+  const bool whole = count == kWidth && depth == kBlock;
+  if (whole && w.row_stride == 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlock; ++i) block[i] = Simd::load(data + i * w.col_stride);
+  } else if (whole && w.col_stride == 1) {
 #pragma GCC unroll 2
     for (int part = 0; part < kBlock; part += kWidth) {
       typename Simd::Vec rows[kWidth];
-      const int length = clamp_count(depth - part, kWidth);
-      for (int j = 0; j < kWidth; ++j) {
-        const T* row = data + j * w.row_stride + part;
-        rows[j] = j >= count            ? Simd::zero()
-                  : length == kWidth ? Simd::load(row)
-                                     : Simd::load_first(row, length);
-      }
+#pragma GCC unroll 16
+      for (int j = 0; j < kWidth; ++j) rows[j] = Simd::load(data + j * w.row_stride + part);
       Simd::transpose(rows);
+#pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) block[part + i] = rows[i];
     }
-    return;
+  } else {
+    float lanes[kBlock][kWidth];
+    gather_block(data, w, count, depth, lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kBlock; ++i) block[i] = Simd::load(lanes[i]);
   }
-  for (int i = 0; i < kBlock; ++i) {
-    const T* column = data + i * w.col_stride;
-    if (i >= depth) {
-      block[i] = Simd::zero();
-    } else if (w.row_stride == 1) {
-      block[i] = count == kWidth ? Simd::load(column) : Simd::load_first(column, count);
-    } else {
-      float lanes[kWidth];
-      for (int j = 0; j < kWidth; ++j) lanes[j] = j < count ? widen(column[j * w.row_stride]) : 0.f;
-      block[i] = Simd::load(lanes);
+}
+
+// The first `count` columns of rows.
+template <class Simd>
+void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int rows,
+               int count) {
+  constexpr int kWidth = Simd::kWidth;
+  for (int i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
+    for (int j = 0; j < count; j += kWidth) {
+      const int left = clamp_count(count - j, kWidth);
+      if (left == kWidth) {
+        Simd::store(to + j, Simd::load(from + j));
+      } else {
+        Simd::store_first(to + j, Simd::load_first(from + j, left), left);
+      }
     }
   }
 }
+
+// How the tiles multiply words and add.
+template <class S>
+struct FloatProducts {
+  using Simd = S;
+  static typename S::Vec add(typename S::Vec a, typename S::Vec b, typename S::Vec c) {
+    return S::fmadd(a, b, c);
+  }
+};
+template <class S>
+struct PairProducts {
+  using Simd = S;
+  static typename S::Vec add(typename S::Vec a, typename S::Vec b, typename S::Vec c) {
+    return S::dot(a, b, c);
+  }
+};
 
 // Floats as they are. Rows of x are read in place.
 template <class S>
 struct FloatWords {
   using Simd = S;
+  using Products = FloatProducts<S>;
   using Vec = typename Simd::Vec;
   static constexpr int kPerWord = 1;
   static constexpr bool kRowsInPlace = true;
 
-  static Vec multiply(Vec a, Vec b, Vec c) { return Simd::fmadd(a, b, c); }
   static void store_block(const Vec (&block)[kBlock], int depth, float* out, int64_t pitch) {
     for (int i = 0; i < depth; ++i) Simd::store(out + i * pitch, block[i]);
   }
@@ -74,11 +111,11 @@ struct FloatWords {
 template <class S>
 struct RoundedWords {
   using Simd = S;
+  using Products = FloatProducts<S>;
   using Vec = typename Simd::Vec;
   static constexpr int kPerWord = 1;
   static constexpr bool kRowsInPlace = false;
 
-  static Vec multiply(Vec a, Vec b, Vec c) { return Simd::fmadd(a, b, c); }
   static void store_block(const Vec (&block)[kBlock], int depth, float* out, int64_t pitch) {
     for (int i = 0; i < depth; ++i) Simd::store(out + i * pitch, Simd::round_bf16(block[i]));
   }
@@ -97,11 +134,11 @@ struct RoundedWords {
 template <class S>
 struct PairWords {
   using Simd = S;
+  using Products = PairProducts<S>;
   using Vec = typename Simd::Vec;
   static constexpr int kPerWord = 2;
   static constexpr bool kRowsInPlace = false;
 
-  static Vec multiply(Vec a, Vec b, Vec c) { return Simd::dot(a, b, c); }
   static void store_block(const Vec (&block)[kBlock], int depth, float* out, int64_t pitch) {
     for (int i = 0; i < depth; i += 2, out += pitch) {
       Simd::store(out, Simd::pair(Simd::round_bf16(block[i]), Simd::round_bf16(block[i + 1])));

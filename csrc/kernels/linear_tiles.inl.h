@@ -92,21 +92,6 @@ struct TiledKernel {
     });
   }
 
-  // Copies the first `count` columns of a tile's rows; reads as zero beyond.
-  static void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride,
-                        int rows, int count) {
-    for (int i = 0; i < rows; ++i, from += from_stride, to += to_stride) {
-      for (int j = 0; j < count; j += kWidth) {
-        const int left = clamp_count(count - j, kWidth);
-        if (left == kWidth) {
-          Simd::store(to + j, Simd::load(from + j));
-        } else {
-          Simd::store_first(to + j, Simd::load_first(from + j, left), left);
-        }
-      }
-    }
-  }
-
   template <int kTile>
   static void start(const TiledBlock& t, int row, int column, int height) {
     const float* from = t.accumulate ? t.out + row * t.out_stride : t.bias;
@@ -118,7 +103,7 @@ struct TiledKernel {
       Tiles::template load<kTile>(from + column, stride * 4);
     } else {
       alignas(64) float buffer[kTileWords] = {};
-      copy_rows(from + column, stride, buffer, kTileColumns, height, count);
+      copy_rows<Simd>(from + column, stride, buffer, kTileColumns, height, count);
       Tiles::template load<kTile>(buffer, kTileColumns * 4);
     }
   }
@@ -140,7 +125,7 @@ struct TiledKernel {
         Simd::store(buffer[0] + i, Simd::add(Simd::load(buffer[0] + i), Simd::load(buffer[c] + i)));
       }
     }
-    copy_rows(buffer[0], kTileColumns, out, t.out_stride, height, count);
+    copy_rows<Simd>(buffer[0], kTileColumns, out, t.out_stride, height, count);
   }
 
   static void run(const TiledBlock& t) {

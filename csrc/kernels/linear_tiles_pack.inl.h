@@ -30,12 +30,6 @@ int64_t tiled_operand_bytes(int64_t rows, int64_t K) {
   return tiles_of(rows, kTileRows) * tiles_of(K, kTileDepth) * kParts * kTileWords * 4;
 }
 
-// One bfloat16 is rounded as anywhere else; of several, the first leaves finite numbers finite.
-template <class Simd, int kParts>
-typename Simd::Vec take_part(typename Simd::Vec& v) {
-  return kParts == 1 ? Simd::round_bf16(v) : Simd::split_bf16(v);
-}
-
 // One tile of the weight per part, the tiles of the parts `pitch` words apart.
 template <class Simd, int kParts, class T>
 void pack_tile(const MatView& w, int64_t n, int64_t N, int64_t k, int64_t K, float* out,
@@ -49,9 +43,11 @@ void pack_tile(const MatView& w, int64_t n, int64_t N, int64_t k, int64_t K, flo
       for (int pair = 0; pair < kBlock / 2; ++pair) {
         float* word = out + (i / 2 + pair) * kTileColumns + j;
         for (int part = 0; part < kParts; ++part, word += pitch) {
-          const auto even = take_part<Simd, kParts>(block[2 * pair]);
-          const auto odd = take_part<Simd, kParts>(block[2 * pair + 1]);
-          Simd::store(word, Simd::pair(even, odd));
+          auto &even = block[2 * pair], &odd = block[2 * pair + 1];
+          const bool last = part + 1 == kParts;
+          const auto low = last ? Simd::round_bf16(even) : Simd::split_bf16(even);
+          const auto high = last ? Simd::round_bf16(odd) : Simd::split_bf16(odd);
+          Simd::store(word, Simd::pair(low, high));
         }
       }
     }
@@ -93,8 +89,9 @@ void load_words(const T* x, int count, float* out) {
                                : Simd::zero();
     }
     for (int part = 0; part < kParts; ++part) {
-      const auto first = take_part<Simd, kParts>(v[0]), second = take_part<Simd, kParts>(v[1]);
-      Simd::store(out + part * kTileWords, Simd::neighbours(first, second));
+      const bool last = part + 1 == kParts;
+      const auto words = last ? Simd::round_pairs(v[0], v[1]) : Simd::split_pairs(v[0], v[1]);
+      Simd::store(out + part * kTileWords, words);
     }
   }
 }

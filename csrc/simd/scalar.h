@@ -51,7 +51,14 @@ struct Scalar {
     const uint32_t low = __builtin_bit_cast(uint32_t, even) >> 16;
     return __builtin_bit_cast(float, low | __builtin_bit_cast(uint32_t, odd));
   }
-  static Vec neighbours(Vec first, Vec second) { return pair(first, second); }
+  // The leading bfloat16 of the numbers of two vectors, in pairs of neighbours.
+  static Vec round_pairs(Vec first, Vec second) {
+    return pair(round_bf16(first), round_bf16(second));
+  }
+  static Vec split_pairs(Vec& first, Vec& second) {
+    const Vec even = split_bf16(first);
+    return pair(even, split_bf16(second));
+  }
   // Rows become columns.
   static void transpose(Vec (&)[kWidth]) {}
 };

@@ -42,12 +42,14 @@ struct EmulatedTiles {
   }
 
   static void load(Tile& tile, const uint8_t* data, int64_t stride) {
+    if (tile.rows == 0) __builtin_trap();
     tile = {tile.rows, tile.bytes, {}};
     for (int i = 0; i < tile.rows; ++i) {
       __builtin_memcpy(tile.data[i], data + i * stride, tile.bytes);
     }
   }
   static void store(const Tile& tile, uint8_t* data, int64_t stride) {
+    if (tile.rows == 0) __builtin_trap();
     for (int i = 0; i < tile.rows; ++i) {
       __builtin_memcpy(data + i * stride, tile.data[i], tile.bytes);
     }
@@ -55,6 +57,9 @@ struct EmulatedTiles {
   // The even and the odd products of a row are summed by fused multiply-adds from zero, then added
   // to each other, then to c. Denormals are read and left as zeros.
   static void dot(Tile& c, const Tile& a, const Tile& b) {
+    const bool distinct = &c != &a && &c != &b && &a != &b;
+    const bool fits = c.rows == a.rows && c.bytes == b.bytes && a.bytes == 4 * b.rows;
+    if (!distinct || !fits || c.rows == 0) __builtin_trap();  // an illegal instruction there, too
     for (int m = 0; m < c.rows; ++m) {
       for (int n = 0; n < c.bytes / 4; ++n) {
         float even = 0, odd = 0;

@@ -47,7 +47,8 @@ void time_shape(Isa isa, int math, int64_t M, int64_t N, int64_t K) {
   for (auto* values : {&x, &w, &bias}) {
     for (float& v : *values) v = normal(rng);
   }
-  const int64_t packed_bytes = kernel.packed_bytes(N, K), operand_bytes = kernel.operand_bytes(M, K);
+  const int64_t packed_bytes = kernel.packed_bytes(N, K);
+  const int64_t operand_bytes = kernel.operand_bytes(M, K);
   Buffer packed(packed_bytes), operand(operand_bytes);
   const MatView view{w.data(), K, 1, nullptr, nullptr};
   const double pack = best_seconds(
@@ -71,8 +72,8 @@ void time_shape(Isa isa, int math, int64_t M, int64_t N, int64_t K) {
     for (int64_t k = 0; k < K; ++k) want += double(x[m * K + k]) * w[n * K + k];
     error = std::max(error, std::fabs(out[m * N + n] - want) / std::sqrt(double(K)));
   }
-  std::printf("%-11s %-6s %5ld %5ld %5ld  %7.1f GFLOP/s %6.1f GB/s  load %5.2f pack %5.2f ns/element"
-              "  error %.1e\n",
+  std::printf("%-11s %-6s %5ld %5ld %5ld  %7.1f GFLOP/s %6.1f GB/s  "
+              "load %5.2f pack %5.2f ns/element  error %.1e\n",
               isa_name(isa), kMathNames[math], long(M), long(N), long(K), 2e-9 * M * N * K / time,
               1e-9 * packed_bytes / time, 1e9 * load_time / (M * K), 1e9 * pack / (N * K), error);
   std::fflush(stdout);

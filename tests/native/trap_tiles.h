@@ -99,15 +99,17 @@ void run_trapped(int signal_number, siginfo_t*, void* context) {
   }
 }
 
-// True where kAmx may be called although there is no AMX.
-bool trap_tiles() {
+// kAmx, where it may be called although there is no AMX; else null.
+const KernelTable* trapped_table() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!isa_detected(Isa::kAvx512Bf16) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if (d >> 24 & 1) return false;  // the instructions are there
+  if (!isa_detected(Isa::kAvx512Bf16) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    return nullptr;
+  }
+  if (d >> 24 & 1) return nullptr;  // the instructions are there
   struct sigaction action = {};
   action.sa_sigaction = run_trapped;
   action.sa_flags = SA_SIGINFO;
-  return sigaction(SIGILL, &action, nullptr) == 0;
+  return sigaction(SIGILL, &action, nullptr) == 0 ? &kAmx : nullptr;
 }
 
 }  // namespace
@@ -117,7 +119,7 @@ bool trap_tiles() {
 
 namespace slimkern {
 namespace {
-bool trap_tiles() { return false; }
+const KernelTable* trapped_table() { return nullptr; }
 }  // namespace
 }  // namespace slimkern
 
