@@ -115,10 +115,22 @@ def test_no_limit_is_below_what_torch_reaches(measured):
     finally:
         torch.set_num_threads(before)
     flops = 2.0 * 1024 * 1536 * 384
-    bf16 = max(e["value"] for e in measured if e["name"] in limits.PRODUCTS["bf16"])
-    assert flops / product < MARGIN * value_of(measured, "fp32 FMA")
-    assert flops / halves < MARGIN * bf16
-    assert 256 * MIB / reading < MEMORY_MARGIN * measured[-1]["value"]
+
+    def holds(found):
+        bf16 = max(e["value"] for e in found if e["name"] in limits.PRODUCTS["bf16"])
+        return (
+            flops / product < MARGIN * value_of(found, "fp32 FMA")
+            and flops / halves < MARGIN * bf16
+            and 256 * MIB / reading < MEMORY_MARGIN * found[-1]["value"]
+        )
+
+    # Another program's load may meet the probe and not torch: the best of several probes counts.
+    found = measured
+    for _ in range(5):
+        if holds(found):
+            return
+        found = limits.best_of(found, measure(1))
+    assert holds(found)
 
 
 @needs_compiler
