@@ -12,6 +12,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -108,36 +109,40 @@ def measure(work: Work, suite: Suite, benchmark: Any) -> list[SpeedRow]:
 
 def _prepare_all(work: Work, suite: Suite) -> tuple[list[SpeedRow], list[_Candidate]]:
     """A row for every provider and precision, and those whose output was right."""
-    reference = check.reference(work)
     rows: list[SpeedRow] = []
     candidates: list[_Candidate] = []
-    sticks: dict[Precision, float] = {}
-    providers = suite.providers_of(work)
     # The measuring stick first; the others stay in the order in which they are shown.
-    for provider in sorted(providers, key=lambda p: p.name != STICK):
-        for precision in PRECISIONS:
+    providers = sorted(suite.providers_of(work), key=lambda p: p.name != STICK)
+    jobs = [(work, providers)]
+    if work.before is not None:
+        jobs.insert(0, (work.before, [p for p in providers if p.name == STICK]))
+    for done, asked in jobs:
+        reference = check.reference(done)
+        sticks: dict[Precision, float] = {}
+        for provider, precision in product(asked, PRECISIONS):
             if precision not in provider.precisions:
                 continue
             setting = Setting(precision, suite.threads, suite.device)
-            row = _new_row(work, provider, setting)
+            row = _new_row(work, done, provider, setting)
             rows.append(row)
-            suite.rows.append((row, work, setting))
-            found = _prepare(provider, work, setting, row, reference, sticks)
+            suite.rows.append((row, done, setting))
+            found = _prepare(provider, done, setting, row, reference, sticks)
             if found is not None:
                 candidates.append(found)
     return rows, candidates
 
 
-def _new_row(work: Work, provider: Provider, setting: Setting) -> SpeedRow:
+def _new_row(work: Work, done: Work, provider: Provider, setting: Setting) -> SpeedRow:
+    """Among the rows of ``work``; ``done`` is the work itself, or what it was before the cut."""
     return SpeedRow(
         level=work.level,
         case=work.case,
         work=work.name,
         shape=work.shape,
-        provider=provider.name,
+        provider=provider.name if done is work else f"{provider.name}, dense",
         precision=setting.precision,
-        flops=work.flops,
-        bytes=limits.bytes_of(work, setting.precision),
+        flops=done.flops,
+        bytes=limits.bytes_of(done, setting.precision),
     )
 
 
@@ -233,7 +238,7 @@ def _time(candidates: list[_Candidate], work: Work, suite: Suite, benchmark: Any
 def _subject(candidates: Sequence[_Candidate]) -> _Candidate:
     """slimkern's best: the last of its providers in the plainest precision; or the first of all."""
     own = [c for c in candidates if c.row["provider"].startswith("slimkern")]
-    pool = own or list(candidates[:1])
+    pool = own or [c for c in candidates if c.row["provider"] == STICK] or list(candidates[:1])
     plainest = min(PRECISIONS.index(c.row["precision"]) for c in pool)
     return [c for c in pool if PRECISIONS.index(c.row["precision"]) == plainest][-1]
 

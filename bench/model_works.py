@@ -101,8 +101,9 @@ def _layer(
     build: Callable[[], nn.Module] = partial(_build_layer, size)
     width, heads = kept or (size.width, size.heads)
     cut = kept and SlimBuild(build, partial(_hidden, 2, 8, size.H), (width,), (heads,))
+    whole = _layer(size, None, shapes, smoke) if cut else [None] * len(shapes)
     works = []
-    for B, T in shapes:
+    for (B, T), before in zip(shapes, whole):
         count = counts.layer(B, T, size.H, heads, size.H // size.heads, width)
         works.append(
             Work(
@@ -117,6 +118,7 @@ def _layer(
                 tags=frozenset({"layer", *(("slim",) if cut else ())}),
                 dense=build if cut else None,
                 plan=cut.plan if cut else None,
+                before=before,
             )
         )
     return works
@@ -157,6 +159,8 @@ def _model(
     build: Callable[[], nn.Module] = partial(_build_model, size)
     made = cut and SlimBuild(build, partial(_tokens, size, False, 2, 8), cut.ffn, cut.heads)
     kept = cut or even("dense", size, size.width, size.heads)
+    places = [*((False, s) for s in shapes), *((True, s) for s in padded)]
+    whole = _model(size, None, shapes, padded=padded) if cut else [None] * len(places)
     return [
         Work(
             level="model",
@@ -170,8 +174,9 @@ def _model(
             tags=frozenset({"model", *(("slim",) if made else ()), *(("padded",) if pad else ())}),
             dense=build if made else None,
             plan=made.plan if made else None,
+            before=before,
         )
-        for pad, (B, T) in (*((False, s) for s in shapes), *((True, s) for s in padded))
+        for (pad, (B, T)), before in zip(places, whole)
     ]
 
 

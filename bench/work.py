@@ -51,6 +51,8 @@ class Work:
         tags: what providers ask for, such as ``slim`` or ``indexed``.
         dense: of a slim work, builds the module before the cut; plan: what stays of it, in names
             of the module (see :mod:`bench.slims`). ``None`` where nothing was cut.
+        before: of a slim layer or model, the same work before the cut: eager torch does it in the
+            same rounds, so that what the cut brings is a ratio of one run.
         reference: the outputs in fp64, where they are not those of ``build``'s module (a training
             step's); ``None`` to run the module.
     """
@@ -70,6 +72,7 @@ class Work:
     tags: frozenset[str] = field(default_factory=frozenset)
     dense: Callable[[], nn.Module] | None = None
     plan: Callable[[], SlimPlan] | None = None
+    before: Work | None = None
     reference: Callable[[], Outputs] | None = None
 
     @property
