@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench import counts
 from bench.check import seed_of
 from bench.modules import Encoder, Layer, bert_config, random_encoder, randomize, trained_encoder
-from bench.op_works import normal, right_padding
+from bench.op_works import attended, normal, right_padding
 from bench.slims import SlimBuild
 from bench.work import Work
 
@@ -170,6 +170,7 @@ def _model(
             tags=frozenset({"model", *(("slim",) if made else ()), *(("padded",) if pad else ())}),
             dense=build if made else None,
             plan=made.plan if made else None,
+            attended=partial(attended, B, T) if pad else None,
         )
         for pad, (B, T) in (*((False, s) for s in shapes), *((True, s) for s in padded))
     ]

@@ -53,6 +53,8 @@ class Work:
             of the module (see :mod:`bench.slims`). ``None`` where nothing was cut.
         reference: the outputs in fp64, where they are not those of ``build``'s module (a training
             step's); ``None`` to run the module.
+        attended: of works with padding, bool [B, T]: which rows of the output have to be right. A
+            runtime may leave anything finite in the others, which nobody attends to.
     """
 
     level: Level
@@ -71,6 +73,7 @@ class Work:
     dense: Callable[[], nn.Module] | None = None
     plan: Callable[[], SlimPlan] | None = None
     reference: Callable[[], Outputs] | None = None
+    attended: Callable[[], Tensor] | None = None
 
     @property
     def case(self) -> str:
