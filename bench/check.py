@@ -77,6 +77,15 @@ def reference(work: Work) -> Outputs:
     return run_module(work, work.build().double(), cast(work.inputs(), torch.float64))
 
 
+def error_of(work: Work, outputs: Outputs, reference: Outputs) -> float:
+    """The :func:`error` of a work's outputs, in the rows that have to be right."""
+    if work.attended is None:
+        return error(outputs, reference)
+    errors(outputs, reference)  # shapes, and nothing that is not finite anywhere
+    rows = work.attended()
+    return error(tuple(y[rows] for y in outputs), tuple(y[rows] for y in reference))
+
+
 def error(outputs: Outputs, reference: Outputs) -> float:
     """The worst of :func:`errors`."""
     return max(errors(outputs, reference))

@@ -171,7 +171,7 @@ def _prepare(
 
     try:
         outputs, grown = memory.peak_growth(first)
-        row["error"] = check.error(outputs, reference)
+        row["error"] = check.error_of(work, outputs, reference)
     except (ProviderError, check.WrongOutput) as error:
         row["failed"] = " ".join(str(error).split())
         return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench import counts
 from bench.check import seed_of
 from bench.modules import Encoder, Layer, bert_config, random_encoder, randomize, trained_encoder
-from bench.op_works import normal, right_padding
+from bench.op_works import attended, normal, right_padding
 from bench.slims import SlimBuild
 from bench.work import Work
 
@@ -175,6 +175,7 @@ def _model(
             dense=build if made else None,
             plan=made.plan if made else None,
             before=before,
+            attended=partial(attended, B, T) if pad else None,
         )
         for (pad, (B, T)), before in zip(places, whole)
     ]

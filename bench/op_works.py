@@ -145,6 +145,11 @@ def _build_attention(H: int, heads: int) -> nn.Module:
     return randomize(Attention(H, heads))
 
 
+def attended(batch: int, tokens: int) -> Tensor:
+    """Where :func:`right_padding` leaves a token, bool."""
+    return right_padding(batch, tokens).bool()
+
+
 def _padded(name: str, batch: int, tokens: int, H: int) -> tuple[Tensor, ...]:
     return normal(name, batch, tokens, H), right_padding(batch, tokens)
 
@@ -181,6 +186,7 @@ def attention_works(
             tags=frozenset({"attention", *(("slim",) if cut else ())}),
             dense=build if cut else None,
             plan=cut.plan if cut else None,
+            attended=None if backward else partial(attended, B, T),
         )
 
     return [w for s in shapes for w in both_ways(partial(make, s), s in backward)]

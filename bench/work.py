@@ -55,6 +55,8 @@ class Work:
             same rounds, so that what the cut brings is a ratio of one run.
         reference: the outputs in fp64, where they are not those of ``build``'s module (a training
             step's); ``None`` to run the module.
+        attended: of works with padding, bool [B, T]: which rows of the output have to be right. A
+            runtime may leave anything finite in the others, which nobody attends to.
     """
 
     level: Level
@@ -74,6 +76,7 @@ class Work:
     plan: Callable[[], SlimPlan] | None = None
     before: Work | None = None
     reference: Callable[[], Outputs] | None = None
+    attended: Callable[[], Tensor] | None = None
 
     @property
     def case(self) -> str:

@@ -112,7 +112,10 @@ def fuse_(
         chosen, refused = _choose(model, precision)
         refused += _left_over(model, chosen, refused, example_inputs)
         if not chosen:
-            raise FuseError("nothing can be fused:\n" + "\n".join(_lines(refused) or ["no block"]))
+            raise FuseError(
+                "nothing can be fused:\n"
+                + "\n".join(_lines(refused) or ["no encoder layer or FFN is known in it"])
+            )
     except BaseException:
         for module, call, packs in before:
             install(module, call, packs)
@@ -203,9 +206,21 @@ def _left_over(
     """What discovery knows besides: FFNs and attention in modules that no description fits."""
     if example_inputs is None and getattr(model, "main_input_name", None) is None:
         return []
+    inside = {id(m) for block, _ in chosen for m in block.modules()}
+    rest = [m for m in model.modules() if id(m) not in inside and not isinstance(m, nn.Embedding)]
+    weights = [w for m in rest if (w := m._parameters.get("weight")) is not None]
+    if sum(w.dim() == 2 for w in weights) < 2:
+        return []  # not even a first and a second linear
     known = [packs.block.name for _, packs in chosen] + [r.name for r in refused]
-    groups = discover(model, example_inputs).groups
-    return [Refusal(g.name, _why(model, g)) for g in groups if not _within(g, known)]
+    try:
+        groups = discover(model, example_inputs).groups
+    except Exception as error:
+        if example_inputs is not None:
+            raise
+        return [Refusal("", f"what else it has was not looked for: {error}")]
+    return [
+        Refusal(g.name, _why(model, g)) for g in groups if not g.is_head and not _within(g, known)
+    ]
 
 
 def _within(group: Group, names: list[str]) -> bool:

@@ -219,6 +219,8 @@ def _check_kernels(
         bias = None if narrow.bias is None else narrow.bias.double()
         wide = replace(narrow, x=narrow.x.double(), mask=mask, bias=bias)
         want = wide.output(exact, block.call)
+        if not bool(want.isfinite().all()):
+            raise MismatchError("its own output on a sample is not finite")
         error = accuracy.relative_error(narrow.output(fused, block.call), want)
         bound = accuracy.rounding_bound(lambda s=wide: s.output(exact, block.call), want, kind)  # type: ignore[misc]
         if not error <= bound:

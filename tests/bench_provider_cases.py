@@ -40,8 +40,8 @@ def assert_right(given: Provider, work: Work, precision: str = "fp32") -> None:
     assert given.refuses(work, setting) is None
     reference = check.reference(work)
     eager = provider("torch eager").prepare(work, setting)()
-    bound = check.bound(work, precision, check.error(eager, reference))
+    bound = check.bound(work, precision, check.error_of(work, eager, reference))
     call = given.prepare(work, setting)
     with torch.inference_mode():  # as the harness does it
-        assert check.error(call(), reference) <= bound
-        assert check.error(call(), reference) <= bound
+        assert check.error_of(work, call(), reference) <= bound
+        assert check.error_of(work, call(), reference) <= bound

@@ -208,3 +208,15 @@ def test_wrong_gradients_are_wrong():
 def test_inputs_are_cast_where_they_are_floating():
     x, ids = cast((torch.ones(2), torch.ones(2, dtype=torch.int64)), torch.bfloat16)
     assert (x.dtype, ids.dtype) == (torch.bfloat16, torch.int64)
+
+
+def test_rows_that_nobody_attends_to_may_hold_anything_finite():
+    rows = torch.tensor([[True, False], [True, True]])
+    work = Work("op", "padded", "2x2", nn.Identity, tuple, 1, 1, 1, 1, attended=lambda: rows)
+    want = torch.ones(2, 2, 3, dtype=torch.float64)
+    got = want.masked_fill(~rows[..., None], 0.0)
+    assert check.error_of(work, (got,), (want,)) == 0.0
+    assert check.error((got,), (want,)) == 0.5
+    assert check.error_of(work, (1.5 * got,), (want,)) == 0.5
+    with pytest.raises(check.WrongOutput, match="NaN"):
+        check.error_of(work, (got.masked_fill(~rows[..., None], float("nan")),), (want,))

@@ -186,3 +186,26 @@ def test_slimkern_uses_the_instruction_set_it_is_named_after(
     for isa in slimkern.cpu.available_isas():
         provider(f"slimkern {isa}").prepare(work, Setting("fp32"))()
     assert seen == list(slimkern.cpu.available_isas())
+
+
+@pytest.mark.parametrize("isa", slimkern.cpu.available_isas())
+@pytest.mark.parametrize("level", ["op/linear", "op/FFN", "op/attention", "layer/", "model/"])
+def test_slimkern_does_packed_and_fused_work_on_each_instruction_set(isa: str, level: str) -> None:
+    before, given = slimkern.cpu.isa(), provider(f"slimkern {isa}")
+    done = 0
+    for work in smoke(level):
+        for precision in PRECISIONS:
+            if given.refuses(work, Setting(precision)) is None:
+                assert_right(given, work, precision)
+                assert slimkern.cpu.isa() == before
+                done += 1
+    assert done >= 3  # float32, medium and bf16 everywhere
+    backward = [w for w in smoke(level) if w.backward]
+    assert all("inference" in str(given.refuses(w, Setting("fp32"))) for w in backward)
+
+
+def test_precisions_that_come_to_the_same_products_are_measured_once() -> None:
+    (work, *_) = smoke("layer/")
+    told = provider("slimkern scalar").refuses(work, Setting("fp32-high"))
+    assert told is not None
+    assert "without AMX" in told

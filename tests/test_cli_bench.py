@@ -71,12 +71,14 @@ def parameters(model):
 
 def test_a_slim_folder_against_what_it_was_cut_from(slim, dense_model, slim_model, tmp_path):
     results, done = results_of(tmp_path, slim, *FAST)
-    assert [row["provider"] for row in results["rows"]] == ["dense", "slim"]
+    assert [row["provider"] for row in results["rows"]] == ["dense", "slim", "fused"]
     counted = {name: known["parameters"] for name, known in results["models"].items()}
-    assert counted == {"dense": parameters(dense_model), "slim": parameters(slim_model)}
+    left = parameters(slim_model)
+    assert counted == {"dense": parameters(dense_model), "slim": left, "fused": left}
     assert results["models"]["slim"]["weight_bytes"] == 4 * parameters(slim_model)
     assert results["notes"][0] == "dense: what slim was cut from, random weights"
     assert results["notes"][1] == "slim: slim: FFN channels 32 of 80, heads 2 of 4"
+    assert results["notes"][2] == "fused: slim, 3 x encoder layer in one call each"
     for row in results["rows"]:
         assert row["case"] == "model/slim/2x7"
         assert row["precision"] == "fp32"
@@ -102,9 +104,17 @@ def test_slim_and_dense_folders_either_way_round(dense, slim, tmp_path):
 
 
 def test_a_dense_model_alone(dense, tmp_path):
-    results, done = results_of(tmp_path, dense, *FAST)
+    results, _ = results_of(tmp_path, dense, *FAST)
+    assert [row["provider"] for row in results["rows"]] == ["dense", "fused"]
+    assert results["title"] == "dense, dense against fused"
+
+
+def test_a_model_that_nothing_is_fused_in(tmp_path):
+    tiny_models.OTHERS["gpt2"]("LMHeadModel").save_pretrained(tmp_path / "gpt2")
+    results, done = results_of(tmp_path, tmp_path / "gpt2", *FAST)
     assert [row["provider"] for row in results["rows"]] == ["dense"]
-    assert results["title"] == "dense, dense"
+    assert results["title"] == "gpt2, dense"
+    assert results["notes"][0].endswith("; nothing in it can be fused")
     assert "against dense" not in done.stdout
 
 
@@ -168,7 +178,7 @@ def test_the_page(slim, tmp_path):
     done = bench(slim, *FAST, "--html", tmp_path / "speed.html")
     assert done.exit_code == 0, done.output
     page = (tmp_path / "speed.html").read_text()
-    assert "slim, dense against slim" in page
+    assert "slim, dense against slim against fused" in page
     assert "random weights" in page
     assert "2x7" in page
 
@@ -193,7 +203,7 @@ def test_a_wrong_output_is_never_timed(slim, tmp_path, monkeypatch, wrong):
     def forward(model, given):
         output = plain(model, given)
         narrow = model.encoder.layer[0].intermediate.dense.out_features == 32
-        if not narrow or output.dtype is not torch.float32:
+        if not narrow or slimkern.fused_blocks(model) or output.dtype is not torch.float32:
             return output
         timed.append(wrong)
         return {
@@ -207,8 +217,9 @@ def test_a_wrong_output_is_never_timed(slim, tmp_path, monkeypatch, wrong):
     assert done.exit_code == 1
     assert len(timed) == 1
     assert "wrong  2x7 slim:" in done.stdout
-    dense_row, slim_row = json.loads((tmp_path / "results.json").read_text())["rows"]
+    dense_row, slim_row, fused_row = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert "seconds" in dense_row
+    assert "seconds" in fused_row
     assert "seconds" not in slim_row
     said = {"value": "its error against float64 is 0.001", "nan": "NaN", "shape": "expected (2, 7"}
     assert said[wrong] in slim_row["failed"]

@@ -1,6 +1,7 @@
 """slimkern, once per set of kernels: the equation, each instruction set, Triton.
 
-``indexed_linear`` is called for works tagged ``indexed``. Everything else waits for ``fuse_``.
+``indexed_linear`` is called for works tagged ``indexed``, ``packed_linear`` for linears alone;
+FFNs, attention, layers and models are fused.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import slimkern
 from bench.providers._common import (
+    MATMUL,
     backward_call,
     forward_call,
     placed,
@@ -21,6 +24,7 @@ from bench.providers._common import (
 )
 from bench.providers.base import Call, Provider
 from bench.work import Outputs, Setting, Work
+from slimkern.ops import choose_math, pack_linear, packed_linear
 from slimkern.report.speed_schema import PRECISIONS
 
 SCALAR_FLOPS = 1e9
@@ -51,24 +55,30 @@ class Slimkern(Provider):
         device = {"cpu": "cpu", "triton": "cuda"}.get(self.backend, setting.device)
         if device != setting.device:
             return "runs on a GPU only" if device == "cuda" else "runs on the CPU only"
-        if "indexed" not in work.tags:
-            return self._refuses_fused(work)
-        if setting.precision in ("fp32-high", "fp32-medium"):
-            return "no kernel for this precision yet: the same as fp32"
         if self.isa == "scalar" and work.flops > SCALAR_FLOPS:
             return f"scalar code, and {work.flops:.1e} operations: over {SCALAR_FLOPS:.0e}"
+        if "indexed" not in work.tags:
+            return self._refuses_fused(work, setting)
+        if setting.precision in ("fp32-high", "fp32-medium"):
+            return "no kernel for this precision yet: the same as fp32"
         return wrong_device(setting)
 
-    def _refuses_fused(self, work: Work) -> str | None:
-        if not hasattr(slimkern, "fuse_") or self.backend == "reference":
+    def _refuses_fused(self, work: Work, setting: Setting) -> str | None:
+        if self.isa is None:
             return "no kernel for this work yet"
-        return "fused modules are for inference" if work.backward else None
+        if work.backward:
+            return "fused modules are for inference"
+        with _isa(self.isa):
+            wanted = {p: choose_math(torch.float32, MATMUL[p]) for p in ("fp32", "fp32-high")}
+        if setting.precision == "fp32-high" and wanted["fp32-high"] == wanted["fp32"]:
+            return "as fp32: no products between float32 and bfloat16 without AMX"
+        return None
 
     def prepare(self, work: Work, setting: Setting) -> Call:
         module = placed(work.build(), setting)
         inputs = placed_inputs(work, setting)
         with self._in_use():
-            run = self._indexed(module) if "indexed" in work.tags else _fused(module)
+            run = self._indexed(module) if "indexed" in work.tags else _fused(module, setting)
         if work.backward:
             call = backward_call(work, run, list(module.parameters()), inputs, setting)
         else:
@@ -94,10 +104,18 @@ class Slimkern(Provider):
         return run
 
 
-def _fused(module: nn.Module) -> nn.Module:
-    """The module on fused kernels, which take the precision of torch's own setting."""
-    fuse: Callable[..., nn.Module] = getattr(slimkern, "fuse_")  # noqa: B009 - not there yet
-    return fuse(module, precision=None)
+def _fused(module: nn.Module, setting: Setting) -> Callable[..., Tensor]:
+    """The module on fused kernels in the setting's precision; a linear alone on its own."""
+    precision = MATMUL[setting.precision]
+    if not isinstance(module, nn.Linear):
+        return slimkern.fuse_(module, precision=precision)
+    math = choose_math(module.weight.dtype, precision)
+    packed = pack_linear(module.weight, module.bias, math=math)
+
+    def run(x: Tensor) -> Tensor:
+        return packed_linear(x, packed)
+
+    return run
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimkern import accuracy, memory, timing
 from slimkern.cli._bench_models import Candidate, forward, inputs
 from slimkern.cli._measure import parameters
+from slimkern.fuse import fuse_
 from slimkern.report.speed_schema import ModelSize, Precision, SpeedRow
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def measure(
     Returns:
         a row per shape and model. A row whose output is wrong has ``failed`` and no times.
     """
-    held = {c.name: _held(c.model, setting.dtype) for c in found}
+    held = {c.name: _held(c, setting) for c in found}
     rows: list[SpeedRow] = []
     with matmul_precision(setting.precision), torch.inference_mode():
         # What a process does once (thread pools, buffers of libraries) is no model's first call.
@@ -106,8 +107,12 @@ def sizes(found: Sequence[Candidate], dtype: torch.dtype) -> dict[str, ModelSize
     return made
 
 
-def _held(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return model if dtype is torch.float32 else copy.deepcopy(model).to(dtype)
+def _held(candidate: Candidate, setting: Setting) -> nn.Module:
+    """The model as it is timed: a copy in the dtype that is asked for, fused where it says so."""
+    model = candidate.model
+    if candidate.fused or setting.dtype is not torch.float32:
+        model = copy.deepcopy(model).to(setting.dtype)
+    return fuse_(model, precision=setting.precision) if candidate.fused else model
 
 
 def _shape(

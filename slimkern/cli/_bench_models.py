@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from slimkern import checkpoint, skeleton
 from slimkern.cli.inspect import load_structure
+from slimkern.copies import sharing_copy
 from slimkern.discovery import discover
+from slimkern.fuse import FuseError, fuse_, fused_blocks
 from slimkern.masks import told_plan
 from slimkern.plan import SlimPlan, make_plan
 from slimkern.surgery import slim_
@@ -31,18 +34,21 @@ class Candidate:
     """A model that is timed.
 
     Attributes:
-        name: as it stands in the table: dense, slim.
-        model: in float32 and evaluation mode, on the CPU.
+        name: as it stands in the table: dense, slim, fused.
+        model: in float32 and evaluation mode, on the CPU; never fused itself.
         origin: where its structure and its weights come from.
+        fused: whether a fused copy is what is timed.
     """
 
     name: str
     model: nn.Module
     origin: str
+    fused: bool = False
 
 
 def candidates(values: Mapping[str, Any]) -> list[Candidate]:
     """What there is to time, the dense model first; the only place that knows which there are.
+    The last of dense and slim is fused too, where that can be.
 
     Args:
         values: the command's options by parameter name: ``model``, ``dense``, ``slim``,
@@ -52,6 +58,18 @@ def candidates(values: Mapping[str, Any]) -> list[Candidate]:
         ValueError: an argument leads to no model, or to one that does not fit the others.
     """
     _quiet()
+    *others, last = _plain(values)
+    try:
+        fused = fuse_(sharing_copy(last.model))
+    except FuseError:
+        return [*others, replace(last, origin=f"{last.origin}; nothing in it can be fused")]
+    kinds = Counter(block.kind.replace("_", " ") for block in fused_blocks(fused)).items()
+    told = f"{last.name}, {', '.join(f'{n} x {kind}' for kind, n in kinds)} in one call each"
+    return [*others, last, Candidate("fused", last.model, told, True)]
+
+
+def _plain(values: Mapping[str, Any]) -> list[Candidate]:
+    """The dense model, and the slim one if there is one."""
     slim = _slim(values["model"])
     if slim is not None:
         _check_slim_model(values)
@@ -178,7 +196,7 @@ def _read(argument: str, name: str, kind: Any, random: bool) -> tuple[nn.Module,
 
 
 def _text_model(argument: str, name: str, model: Any) -> nn.Module:
-    """Refuse what can't be called on token ids alone."""
+    """The model, if it can be called on token ids alone."""
     takes = getattr(model, "main_input_name", None)
     if takes != "input_ids" or getattr(model.config, "is_encoder_decoder", False):
         what = "an encoder-decoder" if takes == "input_ids" else f"a model of {takes}"
@@ -269,7 +287,7 @@ def _flag(name: str) -> str:
 
 
 def _first(error: BaseException) -> str:
-    """The first sentence of an error's message."""
+    """An error's first sentence."""
     return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
 
 
