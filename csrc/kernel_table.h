@@ -55,7 +55,9 @@ struct GemmKernel {
 // out[j] = sum over i of a[i, j], for columns n; out is gathered by its index.
 using ColumnSum = void (*)(const MatView& a, int64_t rows, Range n, const VecView& out);
 
-// How the products of a packed linear are computed; sums are always float.
+// How the products of a packed linear are computed; sums are always float. bfloat16 units read
+// denormals as zeros. Sums of parts: a finite number, however large, has finite parts; a NaN gives
+// NaN, an infinity an infinity or NaN (its product with a part that is zero).
 enum class Math {
   kFp32 = 0,    // float products
   kBf16 = 1,    // both operands rounded to bfloat16
@@ -64,19 +66,20 @@ enum class Math {
 };
 constexpr int kMathCount = 4;
 
-// Packed weights and operands begin at a multiple of so many bytes.
+// Packed weights and operands (those that are loaded) begin at a multiple of so many bytes.
 constexpr int64_t kLinearAlignment = 64;
 
 // y = x Wt (+ bias) with W [N, K] packed once. An operand is a block of rows of x in the form that
 // multiply reads; its layout, like that of a packed weight, is the kernel's own business.
 // Null functions: this instruction set has no such Math.
 struct LinearKernel {
-  int rows;  // blocks of x are best a multiple of it
-  int nr;    // columns of a panel: ranges of columns begin at a multiple of it
+  int rows;  // blocks of x are best a multiple of it, of some hundred rows
+  int nr;    // columns of a panel: ranges begin at a multiple of it, and end at one or at N
   int64_t (*packed_bytes)(int64_t N, int64_t K);
   // w[n, k] = data[n * row_stride + k * col_stride], of storage type dtype (float32, bfloat16).
   void (*pack)(const MatView& w, DType dtype, int64_t N, int64_t K, void* packed);
-  // Bytes of an operand of `rows` rows; 0: float rows with any row stride are read as they are.
+  // Bytes of an operand of `rows` rows; 0: float rows with any row stride are read as they are, and
+  // load is null. (Strides that are a multiple of 4 KiB are the slowest.)
   int64_t (*operand_bytes)(int64_t rows, int64_t K);
   void (*load)(const void* x, DType dtype, int64_t stride, int64_t rows, int64_t K, void* operand);
   // out[i, n - n.begin] (float, row stride out_stride) for the columns n of the weight;
