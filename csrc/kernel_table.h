@@ -73,7 +73,7 @@ constexpr int64_t kLinearAlignment = 64;
 // multiply reads; its layout, like that of a packed weight, is the kernel's own business.
 // Null functions: this instruction set has no such Math.
 struct LinearKernel {
-  int rows;  // blocks of x are best a multiple of it, of some hundred rows
+  int rows;  // blocks of x are best a multiple of it, around a hundred rows
   int nr;    // columns of a panel: ranges begin at a multiple of it, and end at one or at N
   int64_t (*packed_bytes)(int64_t N, int64_t K);
   // w[n, k] = data[n * row_stride + k * col_stride], of storage type dtype (float32, bfloat16).
