@@ -102,61 +102,55 @@ struct LinearTile {
   int64_t out_stride;
 };
 
-template <class Products, int kRows, int kVectors>
+// Each element of the result is one sum in the order of k, whatever tile it falls into: a row does
+// not depend on the rows beside it.
+template <class Products, int kRows, int kVectors, int kPanels = 1>
 [[gnu::noinline]] void linear_tile(const LinearTile& t) {
   using Simd = typename Products::Simd;
   using Vec = typename Simd::Vec;
-  constexpr int kWidth = Simd::kWidth, kPitch = kVectors * kWidth;
-  // Few rows: several steps of k at a time, each with accumulators of its own, keep the
-  // multipliers busy. Panels are then still read from end to end.
-  constexpr int kChains = kRows * kVectors >= 8 ? 1 : kRows * kVectors >= 4 ? 2 : 4;
-  Vec acc[kChains][kRows][kVectors];
+  constexpr int kWidth = Simd::kWidth, kPitch = kVectors * kWidth, kAll = kPanels * kVectors;
+  Vec acc[kRows][kAll];
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      acc[0][i][v] = t.start == nullptr
-                         ? Simd::zero()
-                         : Simd::load(t.start + i * t.start_stride + v * kWidth);
-#pragma GCC unroll 4
-      for (int c = 1; c < kChains; ++c) acc[c][i][v] = Simd::zero();
+#pragma GCC unroll 8
+    for (int v = 0; v < kAll; ++v) {
+      acc[i][v] = t.start == nullptr ? Simd::zero()
+                                     : Simd::load(t.start + i * t.start_stride + v * kWidth);
     }
-    for (int j = 0; j < kPitch; j += 16) __builtin_prefetch(t.out + i * t.out_stride + j, 1);
+    for (int j = 0; j < kAll * kWidth; j += 16) __builtin_prefetch(t.out + i * t.out_stride + j, 1);
   }
   const float* panel = t.panel;
   const float* x = t.x;
-  auto step = [&](int chain) {
-    Vec column[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = Simd::load(panel + v * kWidth);
+  for (int64_t k = 0; k < t.words; ++k, panel += kPitch, ++x) {
+    Vec column[kAll];
+#pragma GCC unroll 8
+    for (int v = 0; v < kAll; ++v) {
+      column[v] = Simd::load(panel + v / kVectors * kPitch * t.words + v % kVectors * kWidth);
+    }
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       const Vec row = Simd::broadcast(x + i * t.x_stride);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        acc[chain][i][v] = Products::add(row, column[v], acc[chain][i][v]);
-      }
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) acc[i][v] = Products::add(row, column[v], acc[i][v]);
     }
-    panel += kPitch;
-    ++x;
-  };
-  int64_t k = 0;
-  for (; k + kChains <= t.words; k += kChains) {
-#pragma GCC unroll 4
-    for (int c = 0; c < kChains; ++c) step(c);
-  }
-  if constexpr (kChains > 1) {
-    for (; k < t.words; ++k) step(0);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-#pragma GCC unroll 4
-      for (int c = 1; c < kChains; ++c) acc[0][i][v] = Simd::add(acc[0][i][v], acc[c][i][v]);
-      Simd::store(t.out + i * t.out_stride + v * kWidth, acc[0][i][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kAll; ++v) {
+      Simd::store(t.out + i * t.out_stride + v * kWidth, acc[i][v]);
     }
   }
+}
+
+// Few rows of two whole panels: one would leave the multipliers waiting for their own results.
+constexpr int kFewRows = 3;
+template <class Products>
+void run_two_panels(int64_t rows, const LinearTile& t) {
+  constexpr int kVectors = Products::Simd::kVectors;
+  if (rows == 1) return linear_tile<Products, 1, kVectors, 2>(t);
+  if (rows == 2) return linear_tile<Products, 2, kVectors, 2>(t);
+  linear_tile<Products, kFewRows, kVectors, 2>(t);
 }
 
 template <class Products, int kVectors, int kRows = Products::Simd::kMr>
@@ -212,7 +206,9 @@ void linear_multiply(const void* operand, int64_t operand_stride, int64_t rows, 
     const float* x = static_cast<const float*>(operand) + m * stride;
     const float* panel = static_cast<const float*>(packed) + n.begin * words;
     float* to = out + m * out_stride;
-    for (int64_t n0 = n.begin; n0 < n.end; n0 += kNr, panel += kNr * words, to += kNr) {
+    const int height = clamp_count(rows - m, kRowBlock);
+    int64_t step = kNr;
+    for (int64_t n0 = n.begin; n0 < n.end; n0 += step, panel += step * words, to += step) {
       LinearTile t{x, stride, words, panel, nullptr, 0, to, out_stride};
       if (accumulate) {
         t.start = to;
@@ -220,9 +216,14 @@ void linear_multiply(const void* operand, int64_t operand_stride, int64_t rows, 
       } else if (bias != nullptr) {
         t.start = bias + n0;  // the same for every row
       }
-      run_panel<typename Words::Products>(panel_vectors<Words>(n.end - n0),
-                                          clamp_count(n.end - n0, kNr),
-                                          clamp_count(rows - m, kRowBlock), t);
+      const bool two = height <= kFewRows && n.end - n0 >= 2 * kNr;
+      step = two ? 2 * kNr : kNr;
+      if (two) {
+        run_two_panels<typename Words::Products>(height, t);
+      } else {
+        run_panel<typename Words::Products>(panel_vectors<Words>(n.end - n0),
+                                            clamp_count(n.end - n0, kNr), height, t);
+      }
     }
   }
 }
