@@ -152,10 +152,9 @@ void packed_linear(const PackView& pack, const Hidden& rows, int64_t N, int thre
     Arena arena = plan.memory.of(scratch, worker);
     const LinearScratch at = take_linear(arena, open, plan.blocks.size);
     const Range range = plan.blocks.at(task, {0, from.count()});
-    const Rows x = gather(*open.rows, from, range, at.x);
-    const Rows x_operand = operand(kernel, x, range.size(), open.spec.in, at.operand);
+    const Rows x = token_operand(kernel, *open.rows, from, range, at.x, at.operand);
     const OutRows y = results(to, range, at.y);
-    multiply(kernel, open.at(Slot::kLinear), x_operand, range.size(), y);
+    multiply(kernel, open.at(Slot::kLinear), x, range.size(), y);
     scatter(*open.rows, to, range, y);
   });
 }

@@ -81,13 +81,18 @@ struct Job {
 // qkv = projections of (normed) x; qkv is that of the first token of the range.
 void project(const Job& job, Range range, const BlockScratch& scratch, float* qkv) {
   const Pack& pack = job.pack;
+  const LinearKernel& kernel = *pack.linear_kernel;
+  const PackedNorm& norm = pack.at(NormSlot::kAttentionPre);
   const int64_t rows = range.size(), hidden = pack.spec.hidden;
-  const Rows x = gather(*pack.rows, job.tokens, range, scratch.x);
-  const Rows pre = normed(*pack.rows, pack.at(NormSlot::kAttentionPre), x, rows, hidden,
-                          scratch.normed);
-  multiply(*pack.linear_kernel, pack.at(Slot::kQkv),
-           operand(*pack.linear_kernel, pre, rows, hidden, scratch.operand), rows,
-           {qkv, qkv_stride(pack)});
+  Rows x;
+  if (norm.kind == Norm::kNone) {
+    x = token_operand(kernel, *pack.rows, job.tokens, range, scratch.x, scratch.operand);
+  } else {
+    x = gather(*pack.rows, job.tokens, range, scratch.x);
+    x = normed(*pack.rows, norm, x, rows, hidden, scratch.normed);
+    x = operand(kernel, x, rows, hidden, scratch.operand);
+  }
+  multiply(kernel, pack.at(Slot::kQkv), x, rows, {qkv, qkv_stride(pack)});
 }
 
 // The rest of the layer for a block; context is that of the first token of the range.

@@ -33,6 +33,12 @@ void for_runs(const Tokens& tokens, Range range, const F& f) {
   }
 }
 
+// Where the first row of a range in one run lies.
+const char* run_begin(const Tokens& tokens, Range range) {
+  const int64_t s = tokens.flat ? 0 : tokens.sequence(range.begin);
+  return place(tokens.at, s, range.begin - tokens.begin(s));
+}
+
 }  // namespace
 
 int64_t Tokens::sequence(int64_t i) const {
@@ -50,8 +56,7 @@ Tokens all_tokens(const Hidden& at) {
 Rows gather(const RowKernel& kernel, const Tokens& tokens, Range range, float* buffer) {
   const Hidden& at = tokens.at;
   if (at.dtype == DType::kFloat32 && tokens.one_run(range)) {
-    const int64_t s = tokens.flat ? 0 : tokens.sequence(range.begin);
-    return {place(at, s, range.begin - tokens.begin(s)), at.row_stride};
+    return {run_begin(tokens, range), at.row_stride};
   }
   const int64_t stride = row_stride(at.hidden);
   for_runs(tokens, range, [&](int64_t row, int64_t s, int64_t t, int64_t rows) {
@@ -92,6 +97,17 @@ Rows operand(const LinearKernel& kernel, const Rows& x, int64_t rows, int64_t K,
   if (kernel.operand_bytes(rows, K) == 0) return x;
   kernel.load(x.data, DType::kFloat32, x.stride, rows, K, buffer);
   return {buffer, 0};
+}
+
+Rows token_operand(const LinearKernel& kernel, const RowKernel& row_kernel, const Tokens& tokens,
+                   Range range, float* gathered, char* buffer) {
+  const Hidden& at = tokens.at;
+  const int64_t rows = range.size();
+  if (kernel.operand_bytes(rows, at.hidden) > 0 && tokens.one_run(range)) {
+    kernel.load(run_begin(tokens, range), at.dtype, at.row_stride, rows, at.hidden, buffer);
+    return {buffer, 0};
+  }
+  return operand(kernel, gather(row_kernel, tokens, range, gathered), rows, at.hidden, buffer);
 }
 
 void multiply(const LinearKernel& kernel, const PackedLinear& w, const Rows& x, int64_t rows,

@@ -75,6 +75,10 @@ void zero_padding(const Tokens& tokens, int64_t sequence);
 // Float rows as operand of a linear; `buffer` holds operand_bytes(rows, K).
 Rows operand(const LinearKernel& kernel, const Rows& x, int64_t rows, int64_t K, char* buffer);
 
+// Rows of tokens as operand: made of what is stored where it lies in one run, else gathered first.
+Rows token_operand(const LinearKernel& kernel, const RowKernel& row_kernel, const Tokens& tokens,
+                   Range range, float* gathered, char* buffer);
+
 // All columns of y = x Wt + b, for rows that are an operand.
 void multiply(const LinearKernel& kernel, const PackedLinear& w, const Rows& x, int64_t rows,
               const OutRows& y);

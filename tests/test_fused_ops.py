@@ -61,13 +61,13 @@ def restore():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Uninitialised memory is all ones, which is NaN: what is read too early shows."""
-    empty = torch.empty
+    empty = torch.Tensor.new_empty
 
-    def ones_empty(*args, **kwargs):
-        made = empty(*args, **kwargs)
+    def ones_empty(self, *size):
+        made = empty(self, *size)
         return made.fill_(255 if made.dtype == torch.uint8 else float("nan"))
 
-    monkeypatch.setattr(torch, "empty", ones_empty)
+    monkeypatch.setattr(torch.Tensor, "new_empty", ones_empty)
 
 
 @pytest.fixture
@@ -229,6 +229,29 @@ def test_padding_is_neither_read_nor_left_unwritten(kind, poisoned):
     assert (want[padding] == 0).all()
     got = CALL[kind](x.masked_fill(padding[..., None], float("nan")), packed, lengths)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("isa", "math", "dtype"), ways(), ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_depends_neither_on_threads_nor_on_its_neighbours(
+    kind, isa, math, dtype, restore, threads
+):
+    """Bit for bit: a sequence alone, in a padded batch, on one thread or several."""
+    cpu.set_isa(isa)
+    shape = Shape(7, 33, hidden=65, head_dim=16)
+    packed = PACK[kind](cast(make_weights(kind, shape), dtype), math=math)
+    x = make_x(shape, dtype)
+    lengths = torch.tensor([33, 1, 0, 20, 32, 3, 16])
+    extra = (lengths,) if kind in LAYERS else ()
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(CALL[kind](x, packed, *extra))
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+    for i, length in enumerate(lengths.tolist()):
+        alone = CALL[kind](x[i : i + 1, :length], packed)
+        assert torch.equal(alone[0], results[0][i, :length])
 
 
 @pytest.mark.parametrize("kind", KINDS)

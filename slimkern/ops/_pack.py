@@ -107,7 +107,7 @@ def check_call(op: str, kind: str, x: Tensor, packed: Packed, *others: Tensor | 
         TypeError: not a pack, or one of another kind.
         ValueError: x or another tensor is not on a CPU, or x has rows of another width.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{op} has no gradient and x requires one: call it under torch.inference_mode() or "
             "torch.no_grad(), or train the model that slimkern.unfuse_ gives back"
@@ -115,10 +115,10 @@ def check_call(op: str, kind: str, x: Tensor, packed: Packed, *others: Tensor | 
     if packed.kind != kind:
         raise TypeError(f"packed holds {packed.kind}; {op} accepts: {kind}")
     for tensor in (x, *others):
-        if tensor is not None and tensor.device.type != "cpu":
+        if tensor is not None and not tensor.is_cpu:
             name = "x" if tensor is x else "a mask"
             raise ValueError(f"{name} is on {tensor.device}; {op} accepts: cpu")
-    if x.dim() == 0 or x.shape[-1] != packed.in_features:
+    if x.dim() == 0 or x.size(-1) != packed.in_features:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; {op} accepts: a last dimension of {packed.in_features}"
         )
