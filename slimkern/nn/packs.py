@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import attrgetter, getitem, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -91,19 +91,15 @@ class _Made:
     parameters that were made under ``torch.inference_mode``.
     """
 
-    __slots__ = (
-        "addresses", "isa", "keys", "objects", "packed", "parameters", "stores", "versions",
-    )  # fmt: skip
+    __slots__ = ("addresses", "held", "isa", "packed", "parameters", "versions")
 
     def __init__(self, module: nn.Module, block: Block, precision: str) -> None:
         self.isa = current_isa()
         places = _modules_down_to(module, (*block.linears(), *block.norms()))
         for part in [store[key] for store, key in places]:
             places += [(part._parameters, key) for key in part._parameters]
-        self.stores: tuple[Any, ...] = tuple(store for store, _ in places)
-        self.keys = tuple(key for _, key in places)
-        self.objects: tuple[Any, ...] = tuple(map(getitem, self.stores, self.keys))
-        self.parameters = tuple(o for o in self.objects if isinstance(o, Tensor))
+        self.held = tuple((store, key, store[key]) for store, key in places)
+        self.parameters = tuple(o for _, _, o in self.held if isinstance(o, Tensor))
         counted = not any(p.is_inference() for p in self.parameters)
         self.versions = list(map(_version, self.parameters)) if counted else None
         self.addresses = list(map(_address, self.parameters))
@@ -112,9 +108,11 @@ class _Made:
 
     def holds(self) -> bool:
         """Whether the parameters and the kernels in use are those of the pack."""
+        for store, key, held in self.held:
+            if store[key] is not held:
+                return False
         return (
-            all(map(is_, map(getitem, self.stores, self.keys), self.objects))
-            and (self.versions is None or list(map(_version, self.parameters)) == self.versions)
+            (self.versions is None or list(map(_version, self.parameters)) == self.versions)
             and list(map(_address, self.parameters)) == self.addresses
             and self.isa == current_isa()
         )
