@@ -102,13 +102,19 @@ struct LinearTile {
   int64_t out_stride;
 };
 
+// A pointer of its own from here on, not one that is computed from another each time.
+inline void keep_pointer(const float*& p) { __asm__("" : "+r"(p)); }
+
 // Each element of the result is one sum in the order of k, whatever tile it falls into: a row does
 // not depend on the rows beside it.
 template <class Products, int kRows, int kVectors, int kPanels = 1>
-[[gnu::noinline]] void linear_tile(const LinearTile& t) {
+[[gnu::noinline]] void linear_tile(const LinearTile t) {
   using Simd = typename Products::Simd;
   using Vec = typename Simd::Vec;
   constexpr int kWidth = Simd::kWidth, kPitch = kVectors * kWidth, kAll = kPanels * kVectors;
+  constexpr int kGroup = 3, kGroups = (kRows + kGroup - 1) / kGroup;  // rows that share a pointer
+  // Columns that fit into registers beside the sums and a broadcast are loaded once for all rows.
+  constexpr bool kKeep = kRows > 1 && kRows * kAll + kAll < Simd::kRegisters;
   Vec acc[kRows][kAll];
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
@@ -119,20 +125,26 @@ template <class Products, int kRows, int kVectors, int kPanels = 1>
     }
     for (int j = 0; j < kAll * kWidth; j += 16) __builtin_prefetch(t.out + i * t.out_stride + j, 1);
   }
+  const float* x[kGroups];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) x[g] = t.x + g * kGroup * t.x_stride;
   const float* panel = t.panel;
-  const float* x = t.x;
-  for (int64_t k = 0; k < t.words; ++k, panel += kPitch, ++x) {
+  for (int64_t k = 0; k < t.words; ++k, panel += kPitch) {
     Vec column[kAll];
 #pragma GCC unroll 8
     for (int v = 0; v < kAll; ++v) {
       column[v] = Simd::load(panel + v / kVectors * kPitch * t.words + v % kVectors * kWidth);
+      if (kKeep) Simd::keep(column[v]);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
-      const Vec row = Simd::broadcast(x + i * t.x_stride);
+      if (i % kGroup == 0) keep_pointer(x[i / kGroup]);
+      const Vec row = Simd::broadcast(x[i / kGroup] + i % kGroup * t.x_stride);
 #pragma GCC unroll 8
       for (int v = 0; v < kAll; ++v) acc[i][v] = Products::add(row, column[v], acc[i][v]);
     }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) ++x[g];
   }
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {

@@ -42,8 +42,8 @@ struct Products<3> {
   static constexpr int kCount = 6, kA[] = {2, 1, 1, 0, 0, 0}, kB[] = {0, 0, 1, 1, 0, 2};
 };
 
-// A block of up to 2 x 2 tiles and where it goes. x: the first of the row tiles, which are
-// depth * kParts tiles apart.
+// A block of tiles and where it goes. x: the first of the row tiles, which are depth * kParts tiles
+// apart; panels of two column tiles are twice that apart.
 struct TiledBlock {
   const float* x;
   const float* panel;
@@ -56,37 +56,36 @@ struct TiledBlock {
   int heights[2];  // rows of each row tile
 };
 
-// Registers: 0 to 3 accumulate, 4 and 5 hold rows, 6 and 7 columns. Where there are fewer than four
-// tiles of results, consecutive k go to different accumulators: one after the other, they would
-// wait for each other.
+// Registers: 0 to 3 accumulate, 4 and 5 hold rows, 6 and 7 columns. Blocks are 2 x 2 tiles, or 1 x
+// 4 of two panels: fewer results would wait for each other. Each of them is one sum in the order
+// of k, whatever block it falls into: a row does not depend on the rows beside it.
 template <class Simd, class Tiles, int kParts, int kRowTiles, int kColumnTiles>
 struct TiledKernel {
-  static constexpr int kChains = 4 / (kRowTiles * kColumnTiles);
-  static constexpr int kWidth = Simd::kWidth;
+  static_assert(kRowTiles * kColumnTiles <= 4);
+  static constexpr int kInPanel = kColumnTiles < 2 ? kColumnTiles : 2;
 
-  static constexpr int accumulator(int i, int j, int chain) {
-    return (i * kColumnTiles + j) * kChains + chain;
-  }
-
-  template <int kChain>
+  // One tile of k for the columns of one panel.
+  template <int kPanelIndex>
   static void step(const float* x, const float* panel, int64_t row_pitch) {
     using P = Products<kParts>;
     for_each<P::kCount>([&](auto p) {
       constexpr int kP = decltype(p)::value, kBefore = kP == 0 ? 0 : kP - 1;
       constexpr int kA = P::kA[kP], kB = P::kB[kP];
+      constexpr bool kFirst = kP == 0 && (kPanelIndex == 0 || kParts > 1);
       for_each<kRowTiles>([&](auto i) {
-        if constexpr (kP == 0 || kA != P::kA[kBefore]) {
+        if constexpr (kFirst || kA != P::kA[kBefore]) {
           Tiles::template load<4 + i.value>(x + i.value * row_pitch + kA * kTileWords, 64);
         }
       });
-      for_each<kColumnTiles>([&](auto j) {
+      for_each<kInPanel>([&](auto j) {
         if constexpr (kP == 0 || kB != P::kB[kBefore]) {
-          Tiles::template load<6 + j.value>(panel + (kB * kColumnTiles + j.value) * kTileWords, 64);
+          Tiles::template load<6 + j.value>(panel + (kB * kInPanel + j.value) * kTileWords, 64);
         }
       });
       for_each<kRowTiles>([&](auto i) {
-        for_each<kColumnTiles>([&](auto j) {
-          Tiles::template dot<accumulator(i.value, j.value, kChain), 4 + i.value, 6 + j.value>();
+        for_each<kInPanel>([&](auto j) {
+          constexpr int kC = 2 * i.value + 2 * kPanelIndex + j.value;
+          Tiles::template dot<kC, 4 + i.value, 6 + j.value>();
         });
       });
     });
@@ -112,48 +111,31 @@ struct TiledKernel {
   static void finish(const TiledBlock& t, int row, int column, int height) {
     float* out = t.out + row * t.out_stride + column;
     const int count = clamp_count(t.width - column, kTileColumns);
-    if (kChains == 1 && count == kTileColumns) {
+    if (count == kTileColumns) {
       Tiles::template store<kTile>(out, t.out_stride * 4);
-      return;
+    } else {
+      alignas(64) float buffer[kTileWords];
+      Tiles::template store<kTile>(buffer, kTileColumns * 4);
+      copy_rows<Simd>(buffer, kTileColumns, out, t.out_stride, height, count);
     }
-    alignas(64) float buffer[kChains][kTileWords];
-    for_each<kChains>([&](auto c) {
-      Tiles::template store<kTile + c.value>(buffer[c.value], kTileColumns * 4);
-    });
-    for (int c = 1; c < kChains; ++c) {
-      for (int i = 0; i < height * kTileColumns; i += kWidth) {
-        Simd::store(buffer[0] + i, Simd::add(Simd::load(buffer[0] + i), Simd::load(buffer[c] + i)));
-      }
-    }
-    copy_rows<Simd>(buffer[0], kTileColumns, out, t.out_stride, height, count);
   }
 
   static void run(const TiledBlock& t) {
-    for_each<kRowTiles>([&](auto i) {
-      for_each<kColumnTiles>([&](auto j) {
-        constexpr int kFirst = accumulator(i.value, j.value, 0);
-        start<kFirst>(t, i.value * kTileRows, j.value * kTileColumns, t.heights[i.value]);
-        for_each<kChains, 1>([&](auto c) { Tiles::template zero<kFirst + c.value>(); });
-      });
+    for_each<kRowTiles * kColumnTiles>([&](auto c) {
+      constexpr int kRow = c.value / kColumnTiles, kColumn = c.value % kColumnTiles;
+      start<2 * kRow + kColumn>(t, kRow * kTileRows, kColumn * kTileColumns, t.heights[kRow]);
     });
-    const int64_t row_pitch = t.depth * kParts * kTileWords;
-    constexpr int kStepA = kParts * kTileWords, kStepB = kParts * kColumnTiles * kTileWords;
+    constexpr int kStepA = kParts * kTileWords, kStepB = kInPanel * kStepA;
+    const int64_t row_pitch = t.depth * kStepA, panel_pitch = t.depth * kStepB;
     const float* x = t.x;
     const float* panel = t.panel;
-    int64_t k = 0;
-    for (; k + kChains <= t.depth; k += kChains) {
-      for_each<kChains>([&](auto c) {
-        step<c.value>(x, panel, row_pitch);
-        x += kStepA;
-        panel += kStepB;
-      });
+    for (int64_t k = 0; k < t.depth; ++k, x += kStepA, panel += kStepB) {
+      step<0>(x, panel, row_pitch);
+      if constexpr (kColumnTiles > 2) step<1>(x, panel + panel_pitch, row_pitch);
     }
-    for (; k < t.depth; ++k, x += kStepA, panel += kStepB) step<0>(x, panel, row_pitch);
-    for_each<kRowTiles>([&](auto i) {
-      for_each<kColumnTiles>([&](auto j) {
-        finish<accumulator(i.value, j.value, 0)>(t, i.value * kTileRows, j.value * kTileColumns,
-                                                 t.heights[i.value]);
-      });
+    for_each<kRowTiles * kColumnTiles>([&](auto c) {
+      constexpr int kRow = c.value / kColumnTiles, kColumn = c.value % kColumnTiles;
+      finish<2 * kRow + kColumn>(t, kRow * kTileRows, kColumn * kTileColumns, t.heights[kRow]);
     });
   }
 };
@@ -173,23 +155,29 @@ void configure_tiles(int high, int low) {
 // All columns of `rows` rows, in steps of `t.heights`, which the rows are a multiple of.
 template <class Simd, class Tiles, int kParts>
 void run_tiled_rows(TiledBlock t, int64_t rows, Range n, const float* packed) {
-  const int64_t step = t.heights[0] + t.heights[1];
-  const int64_t x_step = (t.heights[1] > 0 ? 2 : 1) * t.depth * kParts * kTileWords;
+  const bool two = t.heights[1] > 0;
+  const int64_t height = t.heights[0] + t.heights[1];
+  const int64_t x_step = (two ? 2 : 1) * t.depth * kParts * kTileWords;
   const float* x = t.x;
   const float* bias = t.bias;
   float* out = t.out;
   configure_tiles<Tiles>(t.heights[0], t.heights[1]);
-  for (int64_t column = n.begin; column < n.end; column += kTilePanel, out += kTilePanel) {
-    t.width = clamp_count(n.end - column, kTilePanel);
+  int64_t step = kTilePanel;
+  for (int64_t column = n.begin; column < n.end; column += step, out += step) {
+    const int64_t left = n.end - column;
+    const bool four = !two && left > kTilePanel + kTileColumns;  // two panels of two tiles
+    step = four ? 2 * kTilePanel : kTilePanel;
+    t.width = clamp_count(left, static_cast<int>(step));
     t.panel = packed + column * t.depth * kParts * (kTileDepth / 2);
     t.bias = bias == nullptr ? nullptr : bias + column;
     t.x = x;
     t.out = out;
-    for (int64_t m = 0; m < rows; m += step, t.x += x_step, t.out += step * t.out_stride) {
-      const bool two = t.heights[1] > 0, wide = t.width > kTileColumns;
+    const bool wide = left > kTileColumns;
+    for (int64_t m = 0; m < rows; m += height, t.x += x_step, t.out += height * t.out_stride) {
       if (two && wide) TiledKernel<Simd, Tiles, kParts, 2, 2>::run(t);
       if (two && !wide) TiledKernel<Simd, Tiles, kParts, 2, 1>::run(t);
-      if (!two && wide) TiledKernel<Simd, Tiles, kParts, 1, 2>::run(t);
+      if (four) TiledKernel<Simd, Tiles, kParts, 1, 4>::run(t);
+      if (!two && !four && wide) TiledKernel<Simd, Tiles, kParts, 1, 2>::run(t);
       if (!two && !wide) TiledKernel<Simd, Tiles, kParts, 1, 1>::run(t);
     }
   }

@@ -12,12 +12,15 @@ struct Avx2 {
   using Acc = float;
   using Vec = __m256;
   static constexpr int kWidth = 8;
+  static constexpr int kRegisters = 16;
   static constexpr int kMr = 6;
   static constexpr int kVectors = 2;
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+  // In a register from here on: not read again by each instruction that uses it.
+  static void keep(Vec& v) { __asm__("" : "+x"(v)); }
   static Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }

@@ -17,12 +17,15 @@ struct Avx512 {
   using Acc = float;
   using Vec = __m512;
   static constexpr int kWidth = 16;
+  static constexpr int kRegisters = 32;
   static constexpr int kMr = 12;
   static constexpr int kVectors = 2;
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+  // In a register from here on: not read again by each instruction that uses it.
+  static void keep(Vec& v) { __asm__("" : "+v"(v)); }
   static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }

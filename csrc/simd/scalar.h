@@ -13,12 +13,14 @@ struct Scalar {
   using Acc = T;
   using Vec = T;
   static constexpr int kWidth = 1;
+  static constexpr int kRegisters = 16;
   static constexpr int kMr = 4;       // register tile: kMr rows ...
   static constexpr int kVectors = 4;  // ... of kVectors vectors
 
   static Vec zero() { return T(0); }
   static Vec load(const T* p) { return *p; }
   static void store(T* p, Vec v) { *p = v; }
+  static void keep(Vec&) {}
   static Vec broadcast(const T* p) { return *p; }
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }

@@ -179,23 +179,19 @@ void split(float v, int parts, float* out) {
   }
 }
 
-// The arithmetic of the tiles for one result, k by k.
+// The arithmetic of the tiles for one result.
 float tiled_value(const Subject& s, const Case& c, const Matrix& x, const Matrix& w, int64_t i,
                   int64_t n, float start) {
   const int parts = s.math == Math::kBf16 ? 1 : s.math == Math::kBf16x3 ? 2 : 3;
   const int order[3][6][2] = {
       {{0, 0}}, {{1, 0}, {0, 0}, {0, 1}}, {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}, {0, 2}}};
   const int products = parts * (parts + 1) / 2;
-  const int64_t rest = c.M - i / 32 * 32, columns = c.n.end - n / 32 * 32;
-  const int64_t chains = 4 / ((rest > 16 ? 2 : 1) * (columns > 16 ? 2 : 1));
-  const int64_t tiles = (c.K + 31) / 32;
-  float sums[4] = {start, 0, 0, 0};
-  for (int64_t t = 0; t < tiles; ++t) {
-    float& sum = sums[t < tiles / chains * chains ? t % chains : 0];
+  float sum = start;
+  for (int64_t first = 0; first < c.K; first += 32) {
     float a[32][3] = {}, b[32][3] = {};
-    for (int64_t k = 0; k < 32 && t * 32 + k < c.K; ++k) {
-      split(x.get(i, t * 32 + k), parts, a[k]);
-      split(w.get(n, t * 32 + k), parts, b[k]);
+    for (int64_t k = 0; k < 32 && first + k < c.K; ++k) {
+      split(x.get(i, first + k), parts, a[k]);
+      split(w.get(n, first + k), parts, b[k]);
     }
     for (int p = 0; p < products; ++p) {
       float halves[2] = {0, 0};
@@ -208,8 +204,7 @@ float tiled_value(const Subject& s, const Case& c, const Matrix& x, const Matrix
       sum = EmulatedTiles::flush(EmulatedTiles::flush(sum) + both);
     }
   }
-  for (int64_t chain = 1; chain < chains; ++chain) sums[0] += sums[chain];
-  return sums[0];
+  return sum;
 }
 
 bool same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
@@ -250,6 +245,18 @@ void try_linear(const Subject& s) {
   const std::vector<float> before = out;
   kernel.multiply(loads ? loaded.data : x.data(), x.row_stride, c.M, c.K, packed.data, c.n,
                   c.biased ? bias.data() : nullptr, c.accumulate, out.data(), pitch);
+
+  if (elements > 0) {  // a row alone gives the same bits
+    const int64_t i = pick(0, c.M - 1);
+    Buffer one(kernel.operand_bytes(1, c.K));
+    char* row = static_cast<char*>(x.data()) +
+                i * x.row_stride * (x.dtype == DType::kFloat32 ? 4 : 2);
+    if (loads) kernel.load(row, x.dtype, x.row_stride, 1, c.K, one.data);
+    std::vector<float> alone(before.begin() + i * pitch, before.begin() + i * pitch + columns);
+    kernel.multiply(loads ? one.data : row, x.row_stride, 1, c.K, packed.data, c.n,
+                    c.biased ? bias.data() : nullptr, c.accumulate, alone.data(), pitch);
+    if (std::memcmp(alone.data(), &out[i * pitch], columns * 4)) fail("a row alone differs", s, c);
+  }
 
   const int64_t apart = 1 + 2 * c.M * columns / 1000;  // a sample, of 500 or more
   for (int64_t at = 0; at < elements; ++at) {
