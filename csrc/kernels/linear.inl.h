@@ -105,54 +105,88 @@ struct LinearTile {
 // A pointer of its own from here on, not one that is computed from another each time.
 inline void keep_pointer(const float*& p) { __asm__("" : "+r"(p)); }
 
-// Each element of the result is one sum in the order of k, whatever tile it falls into: a row does
-// not depend on the rows beside it.
-template <class Products, int kRows, int kVectors, int kPanels = 1>
-[[gnu::noinline]] void linear_tile(const LinearTile t) {
-  using Simd = typename Products::Simd;
-  using Vec = typename Simd::Vec;
-  constexpr int kWidth = Simd::kWidth, kPitch = kVectors * kWidth, kAll = kPanels * kVectors;
-  constexpr int kGroup = 3, kGroups = (kRows + kGroup - 1) / kGroup;  // rows that share a pointer
+template <class Products, int kRows, int kVectors, int kPanels>
+struct TileShape {
+  static constexpr int kWidth = Products::Simd::kWidth, kPitch = kVectors * kWidth;
+  static constexpr int kAll = kPanels * kVectors;  // vectors of a row
+  static constexpr int kGroup = 3, kGroups = (kRows + kGroup - 1) / kGroup;  // share a pointer
   // Columns that fit into registers beside the sums and a broadcast are loaded once for all rows.
-  constexpr bool kKeep = kRows > 1 && kRows * kAll + kAll < Simd::kRegisters;
-  Vec acc[kRows][kAll];
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
+  static constexpr bool kKeep = kRows > 1 && kRows * kAll + kAll < Products::Simd::kRegisters;
+  using Sums = typename Products::Simd::Vec[kRows][kAll];
+  using Rows = const float* [kGroups];
+};
+
+// sums += x * panel over `run` words; both pointers move on.
+template <class Products, int kRows, int kVectors, int kPanels>
+[[gnu::always_inline]] inline void add_run(
+    const LinearTile& t, int64_t run,
+    typename TileShape<Products, kRows, kVectors, kPanels>::Rows& x, const float*& panel,
+    typename TileShape<Products, kRows, kVectors, kPanels>::Sums& sums) {
+  using Simd = typename Products::Simd;
+  using Shape = TileShape<Products, kRows, kVectors, kPanels>;
+  constexpr int kAll = Shape::kAll, kPitch = Shape::kPitch, kGroup = Shape::kGroup;
+  for (int64_t k = 0; k < run; ++k, panel += kPitch) {
+    typename Simd::Vec column[kAll];
 #pragma GCC unroll 8
     for (int v = 0; v < kAll; ++v) {
-      acc[i][v] = t.start == nullptr ? Simd::zero()
-                                     : Simd::load(t.start + i * t.start_stride + v * kWidth);
-    }
-    for (int j = 0; j < kAll * kWidth; j += 16) __builtin_prefetch(t.out + i * t.out_stride + j, 1);
-  }
-  const float* x[kGroups];
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) x[g] = t.x + g * kGroup * t.x_stride;
-  const float* panel = t.panel;
-  for (int64_t k = 0; k < t.words; ++k, panel += kPitch) {
-    Vec column[kAll];
-#pragma GCC unroll 8
-    for (int v = 0; v < kAll; ++v) {
-      column[v] = Simd::load(panel + v / kVectors * kPitch * t.words + v % kVectors * kWidth);
-      if (kKeep) Simd::keep(column[v]);
+      const int64_t next = v / kVectors * kPitch * t.words;
+      column[v] = Simd::load(panel + next + v % kVectors * Simd::kWidth);
+      if (Shape::kKeep) Simd::keep(column[v]);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       if (i % kGroup == 0) keep_pointer(x[i / kGroup]);
-      const Vec row = Simd::broadcast(x[i / kGroup] + i % kGroup * t.x_stride);
+      const auto row = Simd::broadcast(x[i / kGroup] + i % kGroup * t.x_stride);
 #pragma GCC unroll 8
-      for (int v = 0; v < kAll; ++v) acc[i][v] = Products::add(row, column[v], acc[i][v]);
+      for (int v = 0; v < kAll; ++v) sums[i][v] = Products::add(row, column[v], sums[i][v]);
     }
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) ++x[g];
+    for (int g = 0; g < Shape::kGroups; ++g) ++x[g];
   }
+}
+
+// Each element of the result is summed in the same order, whatever tile it falls into, so that a
+// row does not depend on the rows beside it: words in runs of kRun, each from zero, and runs one
+// after the other on top of what they start from. Errors grow with the run, not with K.
+template <class Products, int kRows, int kVectors, int kPanels = 1>
+[[gnu::noinline]] void linear_tile(const LinearTile t) {
+  using Simd = typename Products::Simd;
+  using Shape = TileShape<Products, kRows, kVectors, kPanels>;
+  constexpr int kWidth = Simd::kWidth, kAll = Shape::kAll;
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kAll; ++v) {
-      Simd::store(t.out + i * t.out_stride + v * kWidth, acc[i][v]);
-    }
+    for (int j = 0; j < kAll * kWidth; j += 16) __builtin_prefetch(t.out + i * t.out_stride + j, 1);
   }
+  typename Shape::Rows x;
+#pragma GCC unroll 4
+  for (int g = 0; g < Shape::kGroups; ++g) x[g] = t.x + g * Shape::kGroup * t.x_stride;
+  const float* panel = t.panel;
+  const float* start = t.start;
+  int64_t start_stride = t.start_stride, left = t.words;
+  do {
+    typename Shape::Sums sums;
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) sums[i][v] = Simd::zero();
+    }
+    const int64_t run = left < Products::kRun ? left : Products::kRun;
+    add_run<Products, kRows, kVectors, kPanels>(t, run, x, panel, sums);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kAll; ++v) {
+        if (start != nullptr) {
+          const float* from = start + i * start_stride + v * kWidth;
+          sums[i][v] = Simd::add(sums[i][v], Simd::load(from));
+        }
+        Simd::store(t.out + i * t.out_stride + v * kWidth, sums[i][v]);
+      }
+    }
+    start = t.out;
+    start_stride = t.out_stride;
+    left -= run;
+  } while (left > 0);
 }
 
 // Few rows of two whole panels: one would leave the multipliers waiting for their own results.

@@ -81,6 +81,7 @@ void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_str
 template <class S>
 struct FloatProducts {
   using Simd = S;
+  static constexpr int kRun = 192;  // words that are summed one after the other
   static typename S::Vec add(typename S::Vec a, typename S::Vec b, typename S::Vec c) {
     return S::fmadd(a, b, c);
   }
@@ -88,6 +89,7 @@ struct FloatProducts {
 template <class S>
 struct PairProducts {
   using Simd = S;
+  static constexpr int kRun = 768;
   static typename S::Vec add(typename S::Vec a, typename S::Vec b, typename S::Vec c) {
     return S::dot(a, b, c);
   }

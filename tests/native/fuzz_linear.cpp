@@ -9,15 +9,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <random>
 #include <vector>
 
-#include "isa.h"
-#include "kernels/linear_tiles.inl.h"
-#include "simd/scalar.h"
-#include "simd/tiles_emulated.h"
-#include "trap_tiles.h"
+#include "linear_subjects.h"
 
 using namespace slimkern;
 
@@ -36,17 +31,6 @@ int64_t size() {
                                    32, 33, 48, 63, 65, 97, 130, 260};
   return pick(0, 30) == 0 ? 0 : kSizes[pick(0, 16)];
 }
-
-// Exactly as many bytes, aligned, all NaN.
-struct Buffer {
-  void* data;
-  explicit Buffer(int64_t size)
-      : data(::operator new(size, std::align_val_t(kLinearAlignment))) {
-    std::memset(data, 0xff, size);
-  }
-  ~Buffer() { ::operator delete(data, std::align_val_t(kLinearAlignment)); }
-  Buffer(const Buffer&) = delete;
-};
 
 // A matrix of float32 or bfloat16, strided.
 struct Matrix {
@@ -82,14 +66,6 @@ struct Matrix {
   void* data() {
     return dtype == DType::kFloat32 ? static_cast<void*>(floats.data()) : halves.data();
   }
-};
-
-struct Subject {
-  const char* name;
-  Math math;
-  LinearKernel kernel;
-  bool tiles;  // products of parts: an infinity may become a NaN
-  bool known;  // its arithmetic is tiled_value, bit by bit
 };
 
 enum Mode { kOrdinary, kSpecialRow, kSpecialColumn, kHuge, kModes };
@@ -272,28 +248,6 @@ void try_linear(const Subject& s) {
     }
     check_element(s, c, x, w, i, n, start, out[at]);
   }
-}
-
-std::vector<Subject> subjects() {
-  std::vector<Subject> all;
-  for (int i = 0; i < kIsaCount; ++i) {
-    const KernelTable* table = isa_table(static_cast<Isa>(i));
-    for (int math = 0; table != nullptr && math < kMathCount; ++math) {
-      const Isa isa = static_cast<Isa>(i);
-      const LinearKernel& kernel = table->linear[math];
-      const bool tiles = isa == Isa::kAmx && math > 0;
-      if (kernel.multiply) all.push_back({isa_name(isa), Math(math), kernel, tiles, false});
-    }
-  }
-  const LinearKernel emulated[] = {tiled_linear_kernel<Scalar<float>, EmulatedTiles, 1>(),
-                                   tiled_linear_kernel<Scalar<float>, EmulatedTiles, 2>(),
-                                   tiled_linear_kernel<Scalar<float>, EmulatedTiles, 3>()};
-  for (int i = 0; i < 3; ++i) all.push_back({"emulated", Math(i + 1), emulated[i], true, true});
-  const KernelTable* trapped = trapped_table();
-  for (int math = 1; trapped != nullptr && math < kMathCount; ++math) {
-    all.push_back({"trapped", Math(math), trapped->linear[math], true, true});
-  }
-  return all;
 }
 
 }  // namespace
