@@ -204,6 +204,17 @@ def test_slimkern_does_packed_and_fused_work_on_each_instruction_set(isa: str, l
     assert all("inference" in str(given.refuses(w, Setting("fp32"))) for w in backward)
 
 
+def test_full_size_work_is_not_done_twice_by_the_same_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slimkern.cpu, "available_isas", lambda: ("scalar", "avx512", "amx"))
+    work = replace(smoke("layer/")[0], smoke=False)
+    told = provider("slimkern avx512").refuses(work, Setting("fp32"))
+    assert told == "as amx: in float32 it has the same kernels"
+    told = provider("slimkern scalar").refuses(work, Setting("bf16"))
+    assert told == "rounds to bfloat16 in software: amx has instructions for it"
+
+
 def test_precisions_that_come_to_the_same_products_are_measured_once() -> None:
     (work, *_) = smoke("layer/")
     told = provider("slimkern scalar").refuses(work, Setting("fp32-high"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.providers.base import Provider
+from bench.providers.base import Provider, chosen
 from bench.providers.compiled import Compiled
 from bench.providers.eager import Eager
 from bench.providers.onnxruntime_ import OnnxRuntime
@@ -34,12 +34,4 @@ def inference_providers(names: Sequence[str] | None = None) -> list[Provider]:
         TorchPruning(),
         *slimkern_providers(),
     ]
-    if names is None:
-        return known
-    accepted = [provider.name for provider in known]
-    unknown = [name for name in names if name not in accepted]
-    if unknown:
-        raise ValueError(
-            f"names has {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}"
-        )
-    return [provider for provider in known if provider.name in names]
+    return chosen(known, names)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from bench.work import Outputs, Setting, Work
 from slimkern.report.speed_schema import Precision
@@ -40,6 +41,26 @@ class Provider(ABC):
         Raises:
             ProviderError: it can't be prepared as promised, for example a fusion did not fire.
         """
+
+
+P = TypeVar("P", bound=Provider)
+
+
+def chosen(known: Sequence[P], names: Sequence[str] | None) -> list[P]:
+    """Those of ``known`` that are named, in the order of ``known``; all for ``None``.
+
+    Raises:
+        ValueError: there is no provider of that name.
+    """
+    if names is None:
+        return list(known)
+    accepted = [provider.name for provider in known]
+    unknown = [name for name in names if name not in accepted]
+    if unknown:
+        raise ValueError(
+            f"names has {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}"
+        )
+    return [provider for provider in known if provider.name in names]
 
 
 def high_is_highest(work: Work, setting: Setting) -> str | None:

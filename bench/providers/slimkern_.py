@@ -28,6 +28,7 @@ from slimkern.ops import choose_math, pack_linear, packed_linear
 from slimkern.report.speed_schema import PRECISIONS
 
 SCALAR_FLOPS = 1e9
+_BF16 = ("avx512_bf16", "amx")  # instruction sets that multiply bfloat16
 
 
 def slimkern_providers() -> list[Provider]:
@@ -68,6 +69,12 @@ class Slimkern(Provider):
             return "no kernel for this work yet"
         if work.backward:
             return "fused modules are for inference"
+        better = [isa for isa in _BF16 if isa in slimkern.cpu.available_isas()]
+        if self.isa not in _BF16 and better and not work.smoke:  # which keeps each of them alive
+            if setting.precision not in ("fp32", "fp32-high"):
+                return f"rounds to bfloat16 in software: {better[0]} has instructions for it"
+            if self.isa == "avx512":
+                return f"as {better[0]}: in float32 it has the same kernels"
         with _isa(self.isa):
             wanted = {p: choose_math(torch.float32, MATMUL[p]) for p in ("fp32", "fp32-high")}
         if setting.precision == "fp32-high" and wanted["fp32-high"] == wanted["fp32"]:

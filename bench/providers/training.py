@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 import slimkern
 from bench.providers._common import MATMUL, matmul_precision, wrong_device
-from bench.providers.base import Call, Provider, high_is_highest
+from bench.providers.base import Call, Provider, chosen, high_is_highest
 from bench.training_cases import Index, TrainingWork, loss_of, outputs_of, probes
 from bench.work import Outputs, Setting, Work
 from slimkern.nn import MaskedLinear
@@ -44,15 +44,7 @@ def training_providers(names: Sequence[str] | None = None) -> list[Provider]:
         SlimkernMasked(),
         AlreadySlim(),
     ]
-    if names is None:
-        return known
-    accepted = [provider.name for provider in known]
-    unknown = [name for name in names if name not in accepted]
-    if unknown:
-        raise ValueError(
-            f"names has {', '.join(map(repr, unknown))}; accepted: {', '.join(accepted)}"
-        )
-    return [provider for provider in known if provider.name in names]
+    return chosen(known, names)
 
 
 class TrainingProvider(Provider):
