@@ -28,6 +28,8 @@ class LatencyRow(TypedDict, total=False):
     dense_median: float
     slim_min: float
     slim_median: float
+    further_min: dict[str, float]
+    further_median: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def latency_table(
     rounds: int = 15,
     warmup: int = 2,
     threads: int | None = None,
+    further: Mapping[str, Callable[[int, int], Callable[[], object]]] | None = None,
 ) -> list[LatencyRow]:
     """The report's latency rows: dense against slim for every (batch, tokens).
 
@@ -213,26 +216,30 @@ def latency_table(
             model's outputs are not the dense model's: what can be compared is the slim model with
             itself before it was saved, and shapes and finiteness.
         rounds, warmup, threads: as :func:`time_interleaved`.
+        further: models by their names that take part in the same rounds.
 
     Raises:
         ValueError: as :func:`time_interleaved`.
     """
     rows: list[LatencyRow] = []
+    makers = {"dense": dense, "slim": slim, **(further or {})}
     for batch, tokens in shapes:
-        candidates = {"dense": dense(batch, tokens), "slim": slim(batch, tokens)}
+        candidates = {name: make(batch, tokens) for name, make in makers.items()}
         times = time_interleaved(
             candidates, check=check, rounds=rounds, warmup=warmup, threads=threads
         )
-        rows.append(
-            LatencyRow(
-                batch=batch,
-                tokens=tokens,
-                dense_min=times["dense"].minimum,
-                dense_median=times["dense"].median,
-                slim_min=times["slim"].minimum,
-                slim_median=times["slim"].median,
-            )
+        row = LatencyRow(
+            batch=batch,
+            tokens=tokens,
+            dense_min=times["dense"].minimum,
+            dense_median=times["dense"].median,
+            slim_min=times["slim"].minimum,
+            slim_median=times["slim"].median,
         )
+        if further:
+            row["further_min"] = {name: times[name].minimum for name in further}
+            row["further_median"] = {name: times[name].median for name in further}
+        rows.append(row)
     return rows
 
 

@@ -15,6 +15,8 @@ from torch import nn
 import slimkern
 from slimkern import machine
 from slimkern.cli import _measure
+from slimkern.cli._fused import fused_models
+from slimkern.cli._fused import section as fused_section
 from slimkern.cli._gradual import STAGE
 from slimkern.cli._one_shot import CUT, HEAL, Variant, family_variants, main_variant
 from slimkern.cli._run import TEACHER_PASS, Run
@@ -97,11 +99,12 @@ def complete(
     asked, main = run.settings.one_shot, main_variant(run)
     if asked is not None and main.training is not None:
         everything["before healing"] = slimkern.load(main.unhealed)
-    scores = _scores(run, everything)
     slim = models["slim"]
+    fused, refused = fused_models(slim)
+    scores = _scores(run, everything | fused)
     wanted = _measure.shapes(run.max_length, run.latency_shape)
-    with run.display.stage("time dense against slim") as bar:
-        latency = _measure.latency(dense, slim, wanted, checked, bar)
+    with run.display.stage("time dense against slim and fused") as bar:
+        latency = _measure.latency(dense, slim, wanted, checked, bar, fused)
     results: Results = {
         "title": title,
         "command": " ".join(["slimkern", *sys.argv[1:]]),
@@ -118,6 +121,7 @@ def complete(
         "history": _history(run.history),
         "history_score": f"dev {run.task.statistics[-1]}",
         "latency": latency,
+        "fused": fused_section(fused, refused, scores),
     }
     if asked is not None:
         results["one_shot"] = _one_shot(run, main, results, scores.get("before healing", []))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,19 @@ def latency(
     wanted: list[tuple[int, int]],
     checked: str,
     bar: Callable[[int, int], None],
+    further: Mapping[str, nn.Module] | None = None,
 ) -> Latency:
-    """Forward times of both models on the same random tokens, in turns."""
+    """Forward times of all models on the same random tokens, in turns."""
+    others = {name: partial(_forward, model) for name, model in (further or {}).items()}
     rows: list[LatencyRow] = []
     for done, shape in enumerate(wanted):
         rows += timing.latency_table(
-            lambda batch, tokens: _forward(dense, (batch, tokens)),
-            lambda batch, tokens: _forward(slim, (batch, tokens)),
+            partial(_forward, dense),
+            partial(_forward, slim),
             [shape],
             check=_alike,
             rounds=ROUNDS,
+            further=others,
         )
         bar(done + 1, len(wanted))
     return {
@@ -80,15 +84,15 @@ def latency(
 
 def times(models: Mapping[str, nn.Module], shape: tuple[int, int]) -> dict[str, Timing]:
     """Seconds of one forward of each model, all of them in turns, on (batch, tokens)."""
-    calls = {name: _forward(model, shape) for name, model in models.items()}
+    calls = {name: _forward(model, *shape) for name, model in models.items()}
     return timing.time_interleaved(calls, check=_alike, rounds=ROUNDS)
 
 
-def _forward(model: nn.Module, shape: tuple[int, int]) -> Callable[[], Any]:
+def _forward(model: nn.Module, batch: int, tokens: int) -> Callable[[], Any]:
     """A forward of random tokens, the same for every model of one vocabulary."""
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, shape, generator=random)
+    ids = torch.randint(0, vocabulary, (batch, tokens), generator=random)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return lambda: model(**inputs, return_dict=True)[0]
 
@@ -96,7 +100,7 @@ def _forward(model: nn.Module, shape: tuple[int, int]) -> Callable[[], Any]:
 def _alike(outputs: dict[str, Any]) -> None:
     shapes = {output.shape for output in outputs.values()}
     if len(shapes) != 1 or not all(output.isfinite().all() for output in outputs.values()):
-        raise RunError("dense and slim outputs differ in shape or are not finite")
+        raise RunError("outputs of the models differ in shape or are not finite")
 
 
 def _weight_bytes(folder: Path) -> int:

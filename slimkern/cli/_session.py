@@ -84,6 +84,8 @@ def summarize(results: Results, folder: Path, home: Path | None = None) -> None:
     table.add_section()
     for row in results["latency"]["rows"]:
         _add_times(table, f"{row['batch']} x {row['tokens']} tokens", dict(row))
+        for name, seconds in row.get("further_min", {}).items():
+            _add_times(table, f"  {name}", {"dense_min": row["dense_min"], "slim_min": seconds})
     family = results.get("family")
     for member in family["members"] if family else ():
         if family and "target_speedup" in member:

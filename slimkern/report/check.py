@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from slimkern.report.schema import (
     Family,
     FamilyMember,
+    FusedModel,
     HistoryPoint,
     LayerWidth,
     MethodResult,
@@ -17,6 +19,7 @@ _SCORE = ("split", "metric", "dense", "slim", "low", "high", "level", "rows")
 """The keys of :class:`slimkern.training.evaluation.Score`, which is not imported for them: it lives
 beside the trainer."""
 _SCORED = ("split", "metric", "dense", "slim")
+_FUSED = ("name", "math", "blocks", "packed_bytes", "scores")
 _MEMBER = ("name", "parameters", "parameters_no_embeddings", "slim_min", "slim_median", "scores")
 
 REQUIRED: tuple[str, ...] = ("title", "command", "date", "machine", "versions")
@@ -46,11 +49,30 @@ def check(results: Mapping[str, object]) -> None:
     assert isinstance(one_shot, Mapping)
     assert isinstance(family, Mapping)
     _check_rows(one_shot, "before_healing", _SCORE, _SCORED)
+    _check_fused(results)
     if family:
         lacking = [key for key in Family.__annotations__ if key not in family]
         if lacking:
             raise ValueError(f"results['family'] lacks {', '.join(lacking)}")
         _check_rows(family, "members", tuple(FamilyMember.__annotations__), _MEMBER)
+
+
+def _check_fused(results: Mapping[str, Any]) -> None:
+    """Every fused model has the scores of the others, and a time wherever they have one."""
+    fused = results.get("fused") or {}
+    _check_rows(fused, "models", tuple(FusedModel.__annotations__), _FUSED)
+    expected = len(results.get("scores") or ())
+    for index, model in enumerate(fused.get("models") or ()):
+        _check_rows(model, "scores", _SCORE, _SCORED)
+        if len(model["scores"]) != expected:
+            raise ValueError(
+                f"results['fused']['models'][{index}] has {len(model['scores'])} scores, and "
+                f"results['scores'] has {expected}"
+            )
+        for row in (results.get("latency") or {}).get("rows") or ():
+            name = model["name"]
+            if name not in row.get("further_min", {}) or name not in row.get("further_median", {}):
+                raise ValueError(f"results['latency'] has no times of the fused model {name!r}")
 
 
 def _check_rows(

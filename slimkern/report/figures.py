@@ -153,23 +153,31 @@ def size(sizes: Size) -> str:
             dense, slim = both(sizes, key)
             share = f"{MINUS}{1 - slim / dense:.0%}" if dense else ""
             texts = [f"{value / 1e6:,.1f} {unit}" for value in (dense, slim)]
-            rows.append((label, dense, slim, texts[0], f"{texts[1]}  ({share})"))
-    return _paired_bars(rows, "size", "Parameters and file size")
+            rows.append((label, [(dense, texts[0]), (slim, f"{texts[1]}  ({share})")]))
+    series = [("dense", DENSE), ("slim", SLIM)]
+    return _grouped_bars(rows, series, "size", "Parameters and file size")
 
 
 def latency(table: Sequence[LatencyRow]) -> str:
-    """Median time of a forward per batch and length, each pair on the scale of its dense bar."""
+    """Median time of a forward per batch and length, each group on the scale of its dense bar."""
+    fused = [next(iter(row.get("further_median", {}).items()), None) for row in table]
+    names = {found[0] for found in fused if found is not None}
+    series = [("dense", DENSE), ("slim", SLIM)]
+    if len(names) == 1 and None not in fused:
+        series.append((f"slim, {names.pop()}", WARM))
     rows = []
-    for row in table:
-        dense, slim = row["dense_median"], row["slim_median"]
-        label = f"{row['batch']} {TIMES} {row['tokens']} tokens"
-        ratio = (
-            f"{dense / slim:.2f}{TIMES} faster"
-            if dense >= slim
-            else (f"{slim / dense:.2f}{TIMES} slower")
-        )
-        rows.append((label, dense, slim, milliseconds(dense), f"{milliseconds(slim)}  ({ratio})"))
-    return _paired_bars(rows, "latency", "Latency of the dense and the slim model")
+    for row, found in zip(table, fused):
+        dense = row["dense_median"]
+        bars = [(dense, milliseconds(dense))]
+        for seconds in [row["slim_median"], found[1] if found else 0.0][: len(series) - 1]:
+            ratio = (
+                f"{dense / seconds:.2f}{TIMES} faster"
+                if dense >= seconds
+                else (f"{seconds / dense:.2f}{TIMES} slower")
+            )
+            bars.append((seconds, f"{milliseconds(seconds)}  ({ratio})"))
+        rows.append((f"{row['batch']} {TIMES} {row['tokens']} tokens", bars))
+    return _grouped_bars(rows, series, "latency", "Latency of the models")
 
 
 def milliseconds(seconds: float) -> str:
@@ -178,26 +186,39 @@ def milliseconds(seconds: float) -> str:
     return f"{value:,.1f} ms" if value >= 10 else f"{value:.2f} ms"
 
 
-def _paired_bars(rows: Sequence[tuple[str, float, float, str, str]], name: str, title: str) -> str:
-    """Pairs of bars of very different sizes: (label, dense, slim, dense's text, slim's text)."""
-    longest = max(max(slim / dense if dense else 1.0, 1.0) for _, dense, slim, _, _ in rows)
+def _grouped_bars(
+    rows: Sequence[tuple[str, Sequence[tuple[float, str]]]],
+    series: Sequence[tuple[str, str]],
+    name: str,
+    title: str,
+) -> str:
+    """Bars of very different sizes, a group per row, each on the scale of its first.
+
+    Args:
+        rows: label of the group, and (value, text) of its bars, as many as ``series``.
+        series: (label, colour) of the first bars of all groups, of the second ones, and so on.
+        name, title: of the figure.
+    """
+    ratios = [[value / bars[0][0] if bars[0][0] else 1.0 for value, _ in bars] for _, bars in rows]
+    longest = max(max(group) for group in ratios)
+    pitch = 0.18 * len(series) + 0.14  # of groups; that of bars is 0.18
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 0.66 * len(rows) + 0.6), layout="constrained")
+        figure = Figure(figsize=(9.2, 1.32 * pitch * len(rows) + 0.6), layout="constrained")
         axes = figure.subplots()
-        y = np.arange(len(rows))[::-1]
-        ratios = [slim / dense if dense else 1.0 for _, dense, slim, _, _ in rows]
-        axes.barh(y + 0.18, [1.0] * len(rows), color=DENSE, height=0.30, label="dense")
-        axes.barh(y - 0.18, ratios, color=SLIM, height=0.30, label="slim")
-        for at, ratio, (_, _, _, dense_text, slim_text) in zip(y, ratios, rows):
-            axes.text(1.0 + 0.012 * longest, at + 0.18, dense_text, va="center", fontsize=9)
-            axes.text(ratio + 0.012 * longest, at - 0.18, slim_text, va="center", fontsize=9)
-        axes.set_yticks(y, [label for label, *_ in rows])
+        y = np.arange(len(rows))[::-1] * pitch
+        for i, (label, colour) in enumerate(series):
+            places = y + 0.18 * ((len(series) - 1) / 2 - i)
+            axes.barh(places, [r[i] for r in ratios], color=colour, height=0.15, label=label)
+            for at, ratio, (_, bars) in zip(places, ratios, rows):
+                axes.text(ratio[i] + 0.012 * longest, at, bars[i][1], va="center", fontsize=9)
+        axes.set_yticks(y, [label for label, _ in rows])
         axes.set_xlim(0, 1.25 * longest)
-        axes.set_ylim(-0.55, len(rows) - 0.45)
+        axes.set_ylim(-0.55 * pitch, (len(rows) - 0.45) * pitch)
         axes.set_xticks([])
         axes.grid(visible=False)
         axes.spines[["bottom", "left"]].set_visible(False)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+        handles = axes.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower left", ncols=len(series))
         return svg(figure, name, title)
 
 

@@ -166,6 +166,25 @@ class FamilyMember(_Member, total=False):
     heal_epochs: float
 
 
+class FusedModel(TypedDict):
+    """The slim model, fused; its times stand in the latency rows under its name."""
+
+    name: str
+    math: str
+    """How its products are computed: ``fp32``, ``bf16``, ``bf16x3`` or ``bf16x6``."""
+    blocks: int
+    packed_bytes: int
+    scores: list[Score]
+
+
+class Fused(TypedDict, total=False):
+    """The slim model as it is served."""
+
+    models: list[FusedModel]
+    refused: str
+    """Why there are none."""
+
+
 class Family(TypedDict):
     """Models of several speeds from one calibration, the run's own among them."""
 
@@ -216,6 +235,7 @@ class Results(TypedDict, total=False):
     seconds: float
     """Of the slimming alone: no dense training, no evaluation."""
     latency: Latency
+    fused: Fused
     one_shot: OneShot
     family: Family
     methods: list[MethodResult]
