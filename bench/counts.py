@@ -7,7 +7,8 @@ key, value) counts once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 # A transcendental function (exp, erf) is a polynomial of about this many terms in float32.
 FUNCTION = 8
@@ -86,6 +87,17 @@ def layer(B: int, T: int, H: int, heads: int, d: int, width: int) -> Count:
 def embeddings(B: int, T: int, H: int) -> Count:
     """Three gathered rows are added, then a LayerNorm; of the tables, gathered rows count."""
     return Count(weights=(B * T + T + 1) * H, roundings=2) + add_and_norm(H)
+
+
+def unpadded(count: Count, of: Callable[[int, int], Count], lengths: Sequence[int]) -> Count:
+    """``count`` with the products of each sequence's own tokens alone.
+
+    Args:
+        count: of the padded batch.
+        of: (sequences, tokens) -> what they cost.
+        lengths: of the sequences.
+    """
+    return replace(count, flops=sum(of(1, length).flops for length in lengths))
 
 
 def figures(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench import counts
 from bench.check import seed_of
 from bench.modules import Encoder, Layer, bert_config, random_encoder, randomize, trained_encoder
-from bench.op_works import attended, normal, right_padding
+from bench.op_works import attended, lengths, normal, right_padding
 from bench.slims import SlimBuild
 from bench.work import Work
 
@@ -168,7 +168,7 @@ def _model(
             shape=f"{B}x{T}" + pad * " padded",
             build=made or build,
             inputs=partial(_tokens, size, pad, B, T),
-            **_model_figures(size, kept, B, T),
+            **_model_figures(size, kept, B, T, pad),
             compiled=(B, T) in compiled and not pad,
             smoke=smoke,
             tags=frozenset({"model", *(("slim",) if made else ()), *(("padded",) if pad else ())}),
@@ -181,8 +181,12 @@ def _model(
     ]
 
 
-def _model_figures(size: Size, kept: Cut, B: int, T: int) -> dict[str, float | int]:
-    count = counts.embeddings(B, T, size.H)
-    for width, heads in zip(kept.ffn, kept.heads):
-        count += counts.layer(B, T, size.H, heads, size.H // size.heads, width)
+def _model_figures(size: Size, kept: Cut, B: int, T: int, pad: bool) -> dict[str, float | int]:
+    def of(batch: int, tokens: int) -> counts.Count:
+        count = counts.embeddings(batch, tokens, size.H)
+        for width, heads in zip(kept.ffn, kept.heads):
+            count += counts.layer(batch, tokens, size.H, heads, size.H // size.heads, width)
+        return count
+
+    count = counts.unpadded(of(B, T), of, lengths(B, T)) if pad else of(B, T)
     return counts.figures(count, B * T * (size.H + 2))

@@ -150,6 +150,11 @@ def attended(batch: int, tokens: int) -> Tensor:
     return right_padding(batch, tokens).bool()
 
 
+def lengths(batch: int, tokens: int) -> list[int]:
+    """How many tokens :func:`right_padding` leaves to each sequence."""
+    return [int(length) for length in right_padding(batch, tokens).sum(1)]
+
+
 def _padded(name: str, batch: int, tokens: int, H: int) -> tuple[Tensor, ...]:
     return normal(name, batch, tokens, H), right_padding(batch, tokens)
 
@@ -173,10 +178,14 @@ def attention_works(
     def make(shape: tuple[int, int], backward: bool) -> Work:
         B, T = shape
         count = counts.attention_block(B, T, H, left, d)
+        if not backward:  # gradients are asked for at every token
+            count = counts.unpadded(
+                count, lambda b, t: counts.attention_block(b, t, H, left, d), lengths(B, T)
+            )
         return Work(
             level="op",
             name=name + backward * " fwd+bwd",
-            shape=f"{B}x{T}",
+            shape=f"{B}x{T} padded",
             build=cut or build,
             inputs=partial(_padded, name, B, T, H),
             **counts.figures(count, 2 * B * T * H + B * T, B * T if backward else 0),

@@ -39,7 +39,8 @@ class Work:
         build: a fresh float32 module on the CPU, in eval mode, always with the same weights. It
             takes the inputs as positional tensors and returns one tensor.
         inputs: the same tensors at every call; floating ones in float32, fit for ``build``.
-        flops: of the matrix products of a forward (of a whole step where ``backward``).
+        flops: of the matrix products of a forward (of a whole step where ``backward``); with
+            padding, of a forward, those of each sequence's own tokens.
         values: numbers (weights, inputs and outputs) that must move at least once.
         roundings: rounding errors that add up on the way to an output: the lengths of all sums
             of products one after the other.

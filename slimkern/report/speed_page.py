@@ -77,6 +77,11 @@ def write_speed_report(results: SpeedResults, path: str | Path) -> Path:
     return path
 
 
+def _breakable(name: str) -> Markup:
+    """A name as text that may be broken after an underscore, not in the middle of a word."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
 def render_speed(results: SpeedResults) -> str:
     """The page as text. All text of the results is escaped.
 
@@ -92,6 +97,7 @@ def render_speed(results: SpeedResults) -> str:
     )
     environment.filters.update(ms=text.ms, times=text.times, percent=text.percent)
     environment.filters.update(error=text.error, mb=text.megabytes, duration=text.duration)
+    environment.filters["breakable"] = _breakable
     level = _headline(reading)
     return environment.get_template("speed.html.j2").render(
         r=results,
