@@ -43,7 +43,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.seen.append((tag, dict(attrs)))
         assert len({name for name, _ in attrs}) == len(attrs), (tag, attrs)
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
