@@ -26,7 +26,7 @@ from slimkern.timing import Interleaved, no_garbage_collection, pinned_threads
 
 STICK = "torch eager"  # whose error, in each precision, is the measuring stick of the others
 FEWEST, MOST = 5, 15  # rounds; slow work gets fewer
-SHORT = 0.002  # seconds: a shorter call is repeated within a round
+SHORT = 0.02  # seconds: a shorter call is repeated within a round, so that its caches are its own
 
 
 @dataclass

@@ -100,6 +100,8 @@ struct LinearTile {
   int64_t start_stride;
   float* out;
   int64_t out_stride;
+  const char* ahead;  // what is read next, fetched on the way: so many bytes further each word
+  int64_t ahead_step;
 };
 
 // A pointer of its own from here on, not one that is computed from another each time.
@@ -119,13 +121,14 @@ struct TileShape {
 // sums += x * panel over `run` words; both pointers move on.
 template <class Products, int kRows, int kVectors, int kPanels>
 [[gnu::always_inline]] inline void add_run(
-    const LinearTile& t, int64_t run,
+    const LinearTile& t, int64_t run, const char*& ahead,
     typename TileShape<Products, kRows, kVectors, kPanels>::Rows& x, const float*& panel,
     typename TileShape<Products, kRows, kVectors, kPanels>::Sums& sums) {
   using Simd = typename Products::Simd;
   using Shape = TileShape<Products, kRows, kVectors, kPanels>;
   constexpr int kAll = Shape::kAll, kPitch = Shape::kPitch, kGroup = Shape::kGroup;
-  for (int64_t k = 0; k < run; ++k, panel += kPitch) {
+  for (int64_t k = 0; k < run; ++k, panel += kPitch, ahead += t.ahead_step) {
+    __builtin_prefetch(ahead, 0, 2);
     typename Simd::Vec column[kAll];
 #pragma GCC unroll 8
     for (int v = 0; v < kAll; ++v) {
@@ -162,6 +165,7 @@ template <class Products, int kRows, int kVectors, int kPanels = 1>
   for (int g = 0; g < Shape::kGroups; ++g) x[g] = t.x + g * Shape::kGroup * t.x_stride;
   const float* panel = t.panel;
   const float* start = t.start;
+  const char* ahead = t.ahead;
   int64_t start_stride = t.start_stride, left = t.words;
   do {
     typename Shape::Sums sums;
@@ -171,7 +175,7 @@ template <class Products, int kRows, int kVectors, int kPanels = 1>
       for (int v = 0; v < kAll; ++v) sums[i][v] = Simd::zero();
     }
     const int64_t run = left < Products::kRun ? left : Products::kRun;
-    add_run<Products, kRows, kVectors, kPanels>(t, run, x, panel, sums);
+    add_run<Products, kRows, kVectors, kPanels>(t, run, ahead, x, panel, sums);
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
@@ -217,6 +221,7 @@ void run_panel(int vectors, int width, int64_t rows, LinearTile t) {
     // Rows 4 KiB apart meet in one set of the first-level cache, which has eight or twelve places.
     const int most = t.x_stride % 1024 == 0 && kMr > 8 ? 8 : kMr;
     const int64_t tiles = (rows + most - 1) / most;
+    t.ahead_step /= tiles;
     for (int64_t i = 0; i < tiles; ++i) {  // of even height: 16 rows are 8 and 8, not 12 and 4
       const int height = static_cast<int>(rows * (i + 1) / tiles - rows * i / tiles);
       if (width == kPitch) {
@@ -234,6 +239,7 @@ void run_panel(int vectors, int width, int64_t rows, LinearTile t) {
         run_tile<Products, kVectors>(height, narrow);
         copy_rows<Simd>(buffer, kPitch, t.out, t.out_stride, height, width);
       }
+      t.ahead += t.ahead_step * t.words;
       t.x += height * t.x_stride;
       t.out += height * t.out_stride;
       if (t.start != nullptr) t.start += height * t.start_stride;
@@ -255,7 +261,9 @@ void linear_multiply(const void* operand, int64_t operand_stride, int64_t rows, 
     const int height = clamp_count(rows - m, kRowBlock);
     int64_t step = kNr;
     for (int64_t n0 = n.begin; n0 < n.end; n0 += step, panel += step * words, to += step) {
-      LinearTile t{x, stride, words, panel, nullptr, 0, to, out_stride};
+      // The next panel; behind the last one, the first of the next rows' or the next weight.
+      const char* ahead = reinterpret_cast<const char*>(panel + kNr * words);
+      LinearTile t{x, stride, words, panel, nullptr, 0, to, out_stride, ahead, kNr * 4};
       if (accumulate) {
         t.start = to;
         t.start_stride = out_stride;
