@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "embeddings.h"
 #include "fused.h"
 #include "indexed.h"
 #include "isa.h"
@@ -157,6 +158,27 @@ void py_layer(const PyMemory& pack, const PyHidden& rows, const PyMask& mask, co
   layer(pack_view(pack), hidden(rows), keys, added, threads, scratch_of(scratch));
 }
 
+// data, rows, row stride, ids, batch stride, token stride, step
+using PyTable = std::array<int64_t, 7>;
+// dtype, B, T, hidden, gamma, beta, address of the result
+using PyEmbedded = std::array<int64_t, 7>;
+
+Embeddings embedded(const std::vector<PyTable>& tables, const PyEmbedded& v, double eps) {
+  Embeddings e;
+  e.dtype = static_cast<DType>(v[0]);
+  e.tables = static_cast<int>(tables.size());
+  for (size_t i = 0; i < tables.size() && i < kMostTables; ++i) {
+    const PyTable& t = tables[i];
+    e.table[i] = {address(t[0]), t[1], t[2], index(t[3]), t[4], t[5], t[6]};
+  }
+  e.B = v[1], e.T = v[2], e.hidden = v[3];
+  e.gamma = static_cast<const float*>(address(v[4]));
+  e.beta = static_cast<const float*>(address(v[5]));
+  e.eps = static_cast<float>(eps);
+  e.out = address(v[6]);
+  return e;
+}
+
 void numbers(py::module_& m, const char* name, std::initializer_list<const char*> names) {
   py::dict values;
   int i = 0;
@@ -206,4 +228,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_linear", &py_packed_linear, no_gil);
   m.def("ffn", &py_ffn, no_gil);
   m.def("layer", &py_layer, no_gil);
+  m.def("embeddings_scratch", [](const PyEmbedded& rows, int threads) {
+    return embeddings_scratch(embedded({}, rows, 0), threads);
+  });
+  m.def("embeddings", [](const std::vector<PyTable>& tables, const PyEmbedded& rows, double eps,
+                         int threads, const PyMemory& scratch) {
+    embeddings(embedded(tables, rows, eps), threads, scratch_of(scratch));
+  }, no_gil);
 }

@@ -28,7 +28,7 @@ from slimkern import skeleton
 from slimkern.cuts import SurgeryError, uncompiled
 from slimkern.folders import copy_companions, sha256, whole_folder
 from slimkern.masks import is_masked, told_plan
-from slimkern.nn import FusedModule
+from slimkern.nn import plain_class
 from slimkern.plan import SlimPlan
 from slimkern.surgery import is_hugging_face, slim_
 
@@ -111,9 +111,8 @@ def _description(
     """
     about: dict[str, Any] = {"version": _VERSION, "weights": SLIM_WEIGHTS, "buffers": []}
     if not is_hugging_face(model):
-        kind = model.fused_from if isinstance(model, FusedModule) else type(model)
-        return {"architectures": [kind.__name__]}, about, {}
-    described = skeleton.describe(model, plan)
+        return {"architectures": [plain_class(model).__name__]}, about, {}
+    described = skeleton.describe(model, plan, plain_class(model))
     if described is None:
         raise CheckpointError(
             f"this {type(model).__name__} is not its dense architecture cut by its plan "

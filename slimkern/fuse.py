@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from slimkern.discovery import discover
-from slimkern.discovery.blocks import UnfitError, passes_masks_on, proposals
+from slimkern.discovery.blocks import UnfitError, embeds_text, passes_masks_on, proposals
 from slimkern.discovery.groups import Group, Refusal
 from slimkern.masks import is_masked
+from slimkern.nn import fused_text  # noqa: F401  (its classes register themselves)
 from slimkern.nn.fused import FusedModule, install, release
 from slimkern.nn.packs import Packs
 from slimkern.ops import choose_math, current_precision
@@ -110,6 +111,7 @@ def fuse_(
     unfuse_(model)
     try:
         chosen, refused = _choose(model, precision)
+        embedding = _choose_embeddings(model, refused)
         refused += _left_over(model, chosen, refused, example_inputs)
         if not chosen:
             raise FuseError(
@@ -124,6 +126,8 @@ def fuse_(
         raise
     for block, made in chosen:
         install(block, made.block.call, made)
+    for table, call in embedding:
+        install(table, call, None)
     for stack in list(model.modules()):
         how = passes_masks_on(stack)
         if how is not None and any(isinstance(m, FusedModule) for m in stack.modules()):
@@ -195,6 +199,23 @@ def _choose(
 
     visit("", model)
     return chosen, refused
+
+
+def _choose_embeddings(model: nn.Module, refused: list[Refusal]) -> list[tuple[nn.Module, str]]:
+    """Modules that embed text, and how they are called; what is of a known kind but unfit goes to
+    ``refused``."""
+    from slimkern.fuse_check import MismatchError, check_embeddings
+
+    chosen = []
+    for name, module in model.named_modules():
+        try:
+            call = embeds_text(module)
+            if call is not None:
+                check_embeddings(module, call)
+                chosen.append((module, call))
+        except (UnfitError, MismatchError) as error:
+            refused.append(Refusal(name, str(error)))
+    return chosen
 
 
 def _left_over(

@@ -124,10 +124,48 @@ def fitting(module: nn.Module, proposals: Sequence[Block], precision: str) -> Pa
     return packs
 
 
+@torch.no_grad()
+def check_embeddings(module: nn.Module, call: str) -> None:
+    """Refuse embeddings whose fused form computes something else.
+
+    Raises:
+        MismatchError: it does; says why.
+    """
+    dtype = _one_dtype(list(module.parameters()))
+    fused: Any = copy.copy(module)
+    plain: Any = copy.copy(module)
+    install(fused, call, None)
+    fused.training = plain.training = False
+    vocabulary, hidden = plain.word_embeddings.weight.shape
+    random = torch.Generator().manual_seed(0)
+    places = min(_TOKENS, len(plain.position_embeddings.weight) // 2)
+    ids = torch.randint(vocabulary, (_SEQUENCES, places), generator=random)
+    padding = plain.word_embeddings.padding_idx
+    if padding is not None:
+        ids[-1, -1] = padding
+    try:
+        want, found = plain.forward(ids), fused.forward(ids)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise MismatchError(f"it can't be called on token ids: {_short(error)}") from error
+    # To first order each of the two rounds as often as numbers are added on the way: three rows,
+    # the mean and the variance; plain bfloat16 rounds after every operation.
+    units = 2 * hidden + 6 if dtype == torch.float32 else 8
+    bound = 2 * units * torch.finfo(dtype).eps / 2
+    off = accuracy.relative_error(found, want.double())
+    if not off <= bound:
+        raise MismatchError(
+            f"on a sample its fused output differs by {off:.2g}, rounding is {bound:.2g}"
+        )
+
+
 def _check_weights(module: nn.Module, block: Block) -> torch.dtype:
     """The dtype of the weights, all on the CPU."""
     parts = [module.get_submodule(n) for n in (*block.linears(), *block.norms())]
-    held = [p for part in parts for p in part.parameters(recurse=False)]
+    return _one_dtype([p for part in parts for p in part.parameters(recurse=False)])
+
+
+def _one_dtype(held: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of parameters, all on the CPU."""
     devices = {str(p.device) for p in held if p.device.type != "cpu"}
     if devices:
         raise MismatchError(f"its weights are on {', '.join(sorted(devices))}; accepted: cpu")

@@ -74,9 +74,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def describe(
-    model: Any, plan: SlimPlan
+    model: Any, plan: SlimPlan, kind: Any = None
 ) -> tuple[dict[str, Any], dict[str, Any], bool, nn.Module] | None:
     """How to write the configuration of a Hugging Face model.
+
+    Args:
+        model: slim or dense.
+        plan: what was removed of it.
+        kind: the model class; None: the model's own.
 
     Returns:
         the configuration to write; the fields that make it the dense one; whether it alone
@@ -84,20 +89,21 @@ def describe(
         where the model is not its dense architecture cut by the plan.
     """
     config = json.loads(model.config.to_json_string())
-    config["architectures"] = [type(model).__name__]
+    kind = kind or type(model)
+    config["architectures"] = [kind.__name__]
     floating = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config["dtype"] = str(floating).removeprefix("torch.")
     sizes = shapes(model)
     whole = all(len(e.keep) == e.group.num_units for e in plan.entries if e.group.kind != "ffn")
     for dense in _dense_fields(model.config, plan):
-        twin = build(type(model), {**config, **dense})
+        twin = build(kind, {**config, **dense})
         try:
             slim_(twin, plan)
         except SurgeryError:
             continue
         add_biases(twin, sizes)
         if shapes(twin) == sizes:
-            plain = whole and shapes(build(type(model), config)) == sizes
+            plain = whole and shapes(build(kind, config)) == sizes
             return (config, dense, True, twin) if plain else ({**config, **dense}, {}, False, twin)
     return None
 

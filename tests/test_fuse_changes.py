@@ -88,7 +88,7 @@ def test_a_model_follows_its_dtype_or_says_why_not():
     assert run(fused, GIVEN).dtype == torch.float32
     for dtype in (torch.float64, torch.float16):
         fused.to(dtype)
-        with pytest.raises(RuntimeError, match=rf"encoder.layer.0 .*{dtype}.*unfuse_"):
+        with pytest.raises(RuntimeError, match=rf"{dtype}.*unfuse_"):
             run(fused, GIVEN)
     fused.to(torch.float32).to("meta")
     with pytest.raises(RuntimeError, match=r"encoder.layer.0 .*meta.*unfuse_"):

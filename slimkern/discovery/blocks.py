@@ -50,6 +50,31 @@ def proposals(name: str, module: nn.Module) -> tuple[Block, ...]:
     return made
 
 
+def embeds_text(module: nn.Module) -> str | None:
+    """How a module is called that makes hidden states of token ids; None: it is none that is known.
+
+    Raises:
+        UnfitError: it is of a known kind, but not as it can be fused.
+    """
+    call = _EMBEDDINGS.get(_qualified(type(module)))
+    if call is None:
+        return None
+    own: Any = module
+    tables = [m for m in module.children() if type(m) is nn.Embedding]
+    if any(table.max_norm is not None for table in tables):
+        raise UnfitError("an embedding has a max_norm, which changes its table on the way")
+    known = len(tables) + 2  # the norm and the dropout
+    if type(own.LayerNorm) is not nn.LayerNorm or own.LayerNorm.bias is None:
+        raise UnfitError("LayerNorm is no plain LayerNorm with a bias")
+    if len(list(module.children())) != known:
+        raise UnfitError("it has parts that are not known")
+    kinds = getattr(module, "token_type_ids", None)
+    if kinds is not None and bool(kinds.any()):
+        raise UnfitError("its token_type_ids are not zeros")
+    _check_calls(module)
+    return call
+
+
 def passes_masks_on(module: nn.Module) -> str | None:
     """How a module is called that hands one attention mask to many layers; None: it is none."""
     return _STACKS.get(_qualified(type(module)))
@@ -69,6 +94,11 @@ def _check_parts(module: nn.Module, block: Block) -> None:
         for leaf in ("weight", "bias"):
             if hasattr(part, leaf) and leaf not in part._parameters:
                 raise UnfitError(f"{name}.{leaf} is parametrized or no parameter")
+    _check_calls(module)
+
+
+def _check_calls(module: nn.Module) -> None:
+    """Refuse code on the module and its parts that would not be run."""
     for name, part in module.named_modules():
         if "forward" in vars(part):
             raise UnfitError(f"the forward of {name or 'the module'} was replaced on the object")
@@ -174,25 +204,31 @@ def _inside(prefix: str, block: Block, norm: NormPart | None = None) -> Attentio
     return AttentionPart(query, key, value, output, part.head_dim, part.scale, post)
 
 
-def _readers() -> tuple[dict[str, Callable[[str, Any], Block]], dict[str, str]]:
-    """Class -> what reads a block of it; class -> how a stack of such layers is called."""
+def _readers() -> tuple[dict[str, Callable[[str, Any], Block]], dict[str, str], dict[str, str]]:
+    """Class -> what reads a block of it; class -> how a stack of such layers is called, or the
+    model around it; class -> how its embeddings are called."""
     found: dict[str, Callable[[str, Any], Block]] = {}
     stacks: dict[str, str] = {}
+    embeddings: dict[str, str] = {}
     for family, prefix in _BERTS.items():
         place = f"transformers.models.{family}.modeling_{family}.{prefix}"
         found[f"{place}Layer"], found[f"{place}Attention"] = _bert_layer, _bert_attention
-        stacks[f"{place}Encoder"] = "bert_stack"
+        stacks[f"{place}Encoder"], stacks[f"{place}Model"] = "bert_stack", "bert_model"
+        kind = "roberta" if "roberta" in family else "bert"
+        embeddings[f"{place}Embeddings"] = f"{kind}_embeddings"
     place = "transformers.models.distilbert.modeling_distilbert."
     found[f"{place}TransformerBlock"] = _distilbert_layer
     found[f"{place}DistilBertSelfAttention"] = _distilbert_attention
     stacks[f"{place}Transformer"] = "distilbert_stack"
+    embeddings[f"{place}Embeddings"] = "distilbert_embeddings"
     place = "transformers.models.mpnet.modeling_mpnet.MPNet"
     found[f"{place}Layer"], found[f"{place}Attention"] = _mpnet_layer, _mpnet_attention
     stacks[f"{place}Encoder"] = "mpnet_stack"
-    return found, stacks
+    embeddings[f"{place}Embeddings"] = "mpnet_embeddings"
+    return found, stacks, embeddings
 
 
-_READERS, _STACKS = _readers()
+_READERS, _STACKS, _EMBEDDINGS = _readers()
 
 
 def _ffns(name: str, module: nn.Module) -> Iterator[Block]:

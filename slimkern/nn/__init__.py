@@ -1,6 +1,6 @@
 """Masked and fused modules: own parameters and buffers, compute through ops."""
 
-from slimkern.nn.fused import FusedModule
+from slimkern.nn.fused import FusedModule, plain_class
 from slimkern.nn.masked import MaskedLinear
 
-__all__ = ["FusedModule", "MaskedLinear"]
+__all__ = ["FusedModule", "MaskedLinear", "plain_class"]

@@ -53,16 +53,27 @@ def keys_of(mask: Tensor) -> Tensor:
     return mask
 
 
+_CALLS: dict[str, type[FusedModule]] = {}
+
+
 class FusedModule(nn.Module):
     """What all fused modules share. ``fused_from`` is the class that was replaced.
 
     Attributes:
-        packs: of a block; a stack of blocks has none.
+        packs: of a block; what is not packed has none.
+        keeps_name: the class that is made has name and module of the one that is replaced:
+            transformers writes them into configurations, and looks up by them what to record.
     """
 
     fused_from: type[nn.Module]
     call: str
+    keeps_name = False
     packs: Packs
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "call" in vars(cls):  # not a class that is made of one of these
+            _CALLS[cls.call] = cls
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class is made at run time: copies and pickles make it again from its parts."""
@@ -197,77 +208,25 @@ class Ffn(FusedModule):
         return OPS["ffn"](x, self._pack())
 
 
-class _Stack(FusedModule):
-    """Hands a mask to many layers: brought into the form that they take once for all of them.
-
-    What the layers get is a mask for plain ones, too.
-    """
-
-    def _once(self, mask: Tensor | None, given: dict[str, Any], config: Any) -> Tensor | None:
-        if given.get("output_attentions", getattr(config, "output_attentions", False)):
-            given = {**given, "output_attentions": True}
-        self._refuse(given)
-        return None if mask is None else keys_of(mask)
-
-
-class BertStack(_Stack):
-    """The encoder of BERT, RoBERTa, XLM-R, ELECTRA."""
-
-    call = "bert_stack"
-
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *a: Any, **kw: Any) -> Any:
-        """As the plain encoder's."""
-        mask = self._once(attention_mask, kw, self.config)
-        return super().forward(hidden_states, mask, *a, **kw)
-
-
-class DistilBertStack(_Stack):
-    """The encoder of DistilBERT."""
-
-    call = "distilbert_stack"
-
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kw: Any) -> Any:
-        """As the plain encoder's."""
-        config = self.layer[0].attention.config  # type: ignore[index, union-attr]
-        mask = self._once(attention_mask, kw, config)
-        return super().forward(hidden_states, mask, **kw)
-
-
-class MPNetStack(_Stack):
-    """The encoder of MPNet."""
-
-    call = "mpnet_stack"
-
-    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *a: Any, **kw: Any) -> Any:
-        """As the plain encoder's."""
-        mask = self._once(attention_mask, kw, None)
-        return super().forward(hidden_states, mask, *a, **kw)
-
-    def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The bias once for all sequences, [1, heads, T, T], in float32."""
-        made: Tensor = super().compute_position_bias(x[:1], *args, **kwargs)  # type: ignore[misc]
-        return made.float()
-
-
-_CALLS: dict[str, type[FusedModule]] = {
-    kind.call: kind
-    for kind in (
-        BertLayer, BertAttention, DistilBertLayer, DistilBertAttention, MPNetLayer,
-        MPNetAttention, Ffn, BertStack, DistilBertStack, MPNetStack,
-    )
-}  # fmt: skip
-
-
 _CLASSES: dict[tuple[type[nn.Module], str], type[FusedModule]] = {}
 
 
 def fused_class(base: type[nn.Module], call: str) -> type[FusedModule]:
     """``FusedBertLayer``, derived from ``BertLayer``: one class for each that is replaced."""
-    names = {"fused_from": base, "__module__": __name__, "__doc__": f"{base.__name__}, fused."}
     if (base, call) not in _CLASSES:
-        made = type(f"Fused{base.__name__}", (_CALLS[call], base), names)
+        names = {"fused_from": base, "__module__": __name__, "__doc__": f"{base.__name__}, fused."}
+        name = f"Fused{base.__name__}"
+        if _CALLS[call].keeps_name:
+            name = base.__name__
+            names |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        made = type(name, (_CALLS[call], base), names)
         _CLASSES.setdefault((base, call), made)  # of two threads' classes, one is used
     return _CLASSES[base, call]
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class, or that which it had before it was fused."""
+    return module.fused_from if isinstance(module, FusedModule) else type(module)
 
 
 def _revive(base: type[nn.Module], call: str) -> FusedModule:

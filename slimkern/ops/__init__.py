@@ -24,6 +24,7 @@ from slimkern.ops._weights import (
 )
 from slimkern.ops.attention_block import attention_block
 from slimkern.ops.common_slice import common_slice
+from slimkern.ops.embeddings import embeddings
 from slimkern.ops.encoder_layer import encoder_layer
 from slimkern.ops.ffn import ffn
 from slimkern.ops.indexed_linear import check_index, indexed_linear
@@ -42,6 +43,7 @@ __all__ = [
     "choose_math",
     "common_slice",
     "current_precision",
+    "embeddings",
     "encoder_layer",
     "ffn",
     "indexed_linear",

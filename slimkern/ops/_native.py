@@ -59,6 +59,8 @@ ffn_scratch: Callable[..., int] = _C.ffn_scratch
 ffn: Callable[..., None] = _C.ffn
 layer_scratch: Callable[..., int] = _C.layer_scratch
 layer: Callable[..., None] = _C.layer
+embeddings_scratch: Callable[..., int] = _C.embeddings_scratch
+embeddings: Callable[..., None] = _C.embeddings
 
 _forked = False
 
