@@ -61,9 +61,10 @@ def test_both_methods_in_one_folder(tiny, tmp_path):
     assert len(first["one_shot"]["before_healing"]) == len(first["scores"]) == 4
     names = ["fused", "fused, medium", "fused, bf16"]
     assert [m["name"] for m in first["fused"]["models"] if "high" not in m["name"]] == names
-    for made, places in zip(first["fused"]["models"], (5, 2, 2)):  # random weights: bf16 is coarse
+    # In bfloat16, near ties among 40 rows change places.
+    for made, most in zip(first["fused"]["models"], (1e-5, 0.05, 0.05)):
         scores = [(s["slim"], f["slim"]) for s, f in zip(first["scores"], made["scores"])]
-        assert all(round(abs(a - b), places) == 0 for a, b in scores), scores
+        assert all(abs(a - b) <= most for a, b in scores), scores
         assert all(row["further_min"][made["name"]] > 0 for row in first["latency"]["rows"])
     kept = {(row["kind"], row["kept"]) for row in first["layers"]}
     assert kept == {("ffn", 32), ("mha", 2)}  # 64 - int(0.8 * 64) up to 32s, 4 - int(0.6 * 4)
