@@ -15,16 +15,18 @@ from torch import nn
 
 from slimkern.config import KEYS, PATTERNS, PruningRule, WeightPruningConfig
 from slimkern.config_checks import check_known, fraction
-from slimkern.cuts import uncompiled
+from slimkern.cuts import refuse_sharded
 from slimkern.discovery import discover
 from slimkern.discovery.groups import Discovery, Group
 from slimkern.discovery.inputs import without_extras
 from slimkern.masks import carried_masks, masked_beside, masked_plan
 from slimkern.obs_step import first_batches
+from slimkern.parallel import ranks_of, retire_, unwrapped, wrapper_of
 from slimkern.plan import SlimPlan, plan_from_zeros
 from slimkern.pruning import Pruning
+from slimkern.shards import whole_shapes
 from slimkern.surgery import slim_, unmasked
-from slimkern.targets import described, entry_for, reasons, targets
+from slimkern.targets import check_device, described, entry_for, reasons, refused_zeros, targets
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def parse_auto_slim_config(
             rules[pattern] = PruningRule.from_values(values)
     if not rules:
         return []
-    model = uncompiled(model)
+    model = unwrapped(model)
     found = _discover(model, dataloader)
     configs = []
     for pattern, rule in rules.items():
@@ -94,6 +96,7 @@ def prepare_pruning(
     loss_func: Any = None,
     framework: str = "pytorch",
     device: torch.device | str | None = None,
+    process_group: Any = None,
 ) -> Pruning:
     """Let masks grow while ``optimizer`` trains ``model``.
 
@@ -102,7 +105,8 @@ def prepare_pruning(
 
     Args:
         model: the model; it may carry masks already, which stay (zeros that are no masks are
-            trained like any weight). Of a compiled model, the module inside is pruned.
+            trained like any weight). Of a compiled model, or one in ``DistributedDataParallel``,
+            the module inside is pruned; it may be sharded by ``fully_shard``.
         config: what :func:`parse_auto_slim_config` returned, one such dictionary, or a
             :class:`WeightPruningConfig`.
         optimizer: the optimizer whose steps count. It may be left out only where every rule prunes
@@ -110,11 +114,14 @@ def prepare_pruning(
         dataloader: its first batch serves as example inputs, where made-up ones do not do. For
             ``pruning_type="obs"`` it is needed: its first batches, up to 8,192 tokens, are read
             once and kept, and every prune step runs the model on them in evaluation mode. Labels
-            are not used. A run in several processes needs the same batches in each, and one that is
-            to be resumed exactly the same ones again (a loader that does not shuffle).
+            are not used. In a run of several processes rank 0's batches count; one that is to be
+            resumed exactly needs the same ones again (a loader that does not shuffle).
         loss_func: accepted for compatibility; no supported pruning type calls it.
         framework: ``pytorch``.
         device: ``None``, or the device that the model is on.
+        process_group: the processes that train the model together, each of which makes this call;
+            by default all of ``torch.distributed``. A process that trains a model of its own gives
+            a group of itself.
 
     Returns:
         the :class:`~slimkern.pruning.Pruning`: ``sparsity()``, ``report()``, ``state_dict()``.
@@ -125,9 +132,22 @@ def prepare_pruning(
             missing, a rule finds no target, or two rules want the same one.
         TypeError: an unknown key.
     """
-    if framework != "pytorch":
-        raise ValueError(f"framework={framework!r} is not accepted; accepted: 'pytorch'")
-    _check_device(model, device)
+    wrapper = wrapper_of(model)
+    if process_group is None and wrapper is not None:
+        process_group = wrapper.process_group
+    with ranks_of(process_group).together("prepare_pruning"):
+        if framework != "pytorch":
+            raise ValueError(f"framework={framework!r} is not accepted; accepted: 'pytorch'")
+        model = unwrapped(model)
+        check_device(model, device)
+        chosen, notes, batches = _prepared(model, config, dataloader)
+    return Pruning(model, chosen, optimizer, notes, batches, process_group)
+
+
+def _prepared(
+    model: nn.Module, config: Any, dataloader: Iterable[Any] | None
+) -> tuple[list[tuple[PruningRule, tuple[Group, ...]]], list[str], list[Any]]:
+    """Each rule with the groups that it prunes, notes, and the batches to calibrate on."""
     if not isinstance(config, WeightPruningConfig):
         config = WeightPruningConfig(config)
     if not config.rules:
@@ -138,7 +158,6 @@ def prepare_pruning(
                 f"pattern={rule.pattern!r} is not supported yet; supported are 'channelx1' (whole "
                 f"FFN channels) and 'mha' (whole heads)"
             )
-    model = uncompiled(model)
     batches: list[Any] = []
     if any(rule.needs_batches for rule in config.rules):
         if dataloader is None:
@@ -148,8 +167,7 @@ def prepare_pruning(
             )
         dataloader = batches = first_batches(model, dataloader)
     found = _discover(model, dataloader)
-    chosen, notes = _chosen(model, found, config.rules)
-    return Pruning(model, chosen, optimizer, notes, batches)
+    return *_chosen(model, found, config.rules), batches
 
 
 def _chosen(
@@ -191,7 +209,8 @@ def model_slim(
     refusal keeps. What was removed is in ``model.slim_plan``.
 
     Args:
-        model: the model, changed in place.
+        model: the model, changed in place. Of one in ``DistributedDataParallel``, the module inside
+            is slimmed and returned, and the wrapper raises from then on: wrap the module anew.
         dataloader: its first batch serves as example inputs, where made-up ones do not do.
         round_multiplier: for zeros that slimkern did not select.
         optimizer: its parameters and their state are exchanged for the smaller ones, so that
@@ -202,10 +221,11 @@ def model_slim(
 
     Raises:
         ValueError: nothing was found that could ever be removed, the only zeros are where a
-            removal would not be exact, masks are there whose layers are not found, or the
-            optimizer is not the model's; nothing has been changed then.
+            removal would not be exact, masks are there whose layers are not found, parameters are
+            sharded, or the optimizer is not the model's; nothing has been changed then.
     """
-    given, model = model, uncompiled(model)
+    given, wrapper, model = model, wrapper_of(model), unwrapped(model)
+    refuse_sharded(model, "model_slim")
     found = _discover(model, dataloader)
     if not found.groups:
         raise ValueError(f"nothing can be removed from this {described(model)}\n{reasons(found)}")
@@ -217,7 +237,7 @@ def model_slim(
     by_name = {e.group.name: e for e in (*masks, *zeros) if e.sparsity}
     order = {g.name: i for i, g in enumerate(found.groups)}
     entries = sorted(by_name.values(), key=lambda e: order.get(e.group.name, len(order)))
-    stuck = _refused_zeros(model, found)
+    stuck = refused_zeros(model, found)
     if stuck and not entries:
         raise ValueError("the zeros of this model can't be removed exactly\n" + "\n".join(stuck))
     for note in (*zeros.notes, *stuck):
@@ -232,13 +252,18 @@ def model_slim(
     slim_(model, SlimPlan(tuple(entries), zeros.notes), optimizer)
     after = sum(p.numel() for p in model.parameters())
     logger.info("model_slim: %d groups cut, %d -> %d parameters", len(entries), before, after)
+    if wrapper is not None:
+        retire_(wrapper)
+        return model
     return given
 
 
 def _discover(model: nn.Module, dataloader: Iterable[Any] | None) -> Discovery:
     """The groups of a model, dense or masked, at their full sizes."""
     with unmasked(model, [e.group for e in carried_masks(model)]):
-        return discover(model, _example_inputs(model, dataloader))
+        inputs = _example_inputs(model, dataloader)
+        with whole_shapes(model):
+            return discover(model, inputs)
 
 
 def _masks(model: nn.Module, found: Discovery) -> SlimPlan:
@@ -269,22 +294,3 @@ def _example_inputs(model: nn.Module, dataloader: Iterable[Any] | None) -> Any:
     if batch is None:
         raise ValueError("dataloader holds no batch")
     return without_extras(model, batch)
-
-
-def _refused_zeros(model: nn.Module, found: Discovery) -> list[str]:
-    """Refused linears that read columns which are all zero: somebody wanted those to go."""
-    lines, modules = [], dict(model.named_modules())
-    for refusal in found.refused:
-        module = modules.get(refusal.name)  # or a parameter's name
-        if isinstance(module, nn.Linear) and bool((module.weight == 0).all(0).any()):
-            lines.append(f"  refused {refusal.name}: {refusal.reason}")
-    return lines
-
-
-def _check_device(model: nn.Module, device: torch.device | str | None) -> None:
-    if device is None:
-        return
-    wanted = torch.device(device)
-    have = {p.device for p in model.parameters()}
-    if any(d.type != wanted.type or wanted.index not in (None, d.index) for d in have):
-        raise ValueError(f"device={str(device)!r}, but the model is on {sorted(map(str, have))}")

@@ -25,11 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slimkern import skeleton
-from slimkern.cuts import SurgeryError, uncompiled
+from slimkern.cuts import SurgeryError
 from slimkern.folders import copy_companions, sha256, whole_folder
 from slimkern.masks import is_masked, told_plan
 from slimkern.nn import plain_class
+from slimkern.parallel import ranks_of, unwrapped
 from slimkern.plan import SlimPlan
+from slimkern.shards import WAY_OUT, is_sharded
 from slimkern.surgery import is_hugging_face, slim_
 
 CONFIG_FILE, PLAN_FILE = "config.json", "slim_plan.json"
@@ -48,6 +50,7 @@ def save(
     *,
     source: str | Path | None = None,
     overwrite: bool = False,
+    rank: int | None = 0,
 ) -> Path:
     """Write a slim (or dense) model to ``folder``, all of it or nothing.
 
@@ -56,28 +59,35 @@ def save(
 
     Args:
         model: a slim model: what ``slim_``, ``model_slim`` or :func:`load` returned. Of a compiled
-            model, the module inside is saved; of a fused one, the slim model that it was.
+            or wrapped one, the module inside is saved; of a fused one, the slim model that it was.
         folder: the folder to create. It must not exist, or be empty, unless ``overwrite``.
         source: the folder whose tokenizer and other files go with it; by default the folder, or
             the cached files of the hub name, that the model was loaded from.
         overwrite: replace a folder that holds a model.
+        rank: where ``torch.distributed`` runs, the process that writes; the others check the model
+            and return at once. ``None``: each one that calls writes, to a folder of its own.
 
     Returns:
         the folder.
 
     Raises:
-        CheckpointError: the model is still masked, has lost its plan, or has state that is no
-            tensor.
+        CheckpointError: the model is still masked or sharded, has lost its plan, or has state that
+            is no tensor.
+        ValueError: there is no such ``rank``.
         FileExistsError: the folder is there.
         FileNotFoundError: ``source`` is no folder.
     """
-    model = uncompiled(model)
+    model, ranks = unwrapped(model), ranks_of()
+    if rank is not None and not 0 <= rank < ranks.size:
+        raise ValueError(f"rank is {rank}; accepted: 0 to {ranks.size - 1}, or None")
     if is_masked(model):
         raise CheckpointError(
             "the model is masked: its weights are still full size. Call slimkern.model_slim(model) "
             "first, or save the masked model itself with torch or save_pretrained"
         )
     folder = Path(folder)
+    if rank is not None and rank != ranks.rank:
+        return folder
     try:
         plan = told_plan(model)
     except ValueError as error:
@@ -205,6 +215,8 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name!r} is a {type(value).__name__}; only tensors are saved")
+        if is_sharded(value):
+            raise CheckpointError(f"{name!r} is sharded over ranks. {WAY_OUT}")
         if value.is_meta:
             raise CheckpointError(f"{name!r} is on the meta device: it has no values to save")
         if id(value) in first:
@@ -280,16 +292,7 @@ def _check_tensors(
     model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], folder: Path
 ) -> None:
     """Refuse weights that are not exactly those of the cut model."""
-    have = {name: tuple(value.shape) for name, value in tensors.items()}
-    have.update({name: have[kept] for name, kept in tied.items() if kept in have})
-    want = skeleton.shapes(model)
-    wrong = [f"{n} is missing" for n in want if n not in have]
-    wrong += [f"{n} is unknown to the model" for n in have if n not in want]
-    wrong += [
-        f"{n} has shape {have[n]}, the cut model {want[n]}"
-        for n in want
-        if n in have and have[n] != want[n]
-    ]
+    wrong = skeleton.misfits(model, tensors, tied)
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{folder}: weights and model disagree: {'; '.join(wrong[:3])}{more}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkern.discovery.groups import Group, Member
+from slimkern.shards import add_shares_, is_sharded, local, unit_share
 
 CRITERIA = ("magnitude", "gradient", "snip", "snip_momentum")
 MOMENTUM = 0.9
@@ -63,6 +64,14 @@ def reduce_units(elements: Tensor, member: Member, reduce_type: str = "mean") ->
     if member.role == "consumer":
         return _REDUCE[reduce_type](elements.unflatten(1, (-1, member.unit_size)), (0, 2))
     return _REDUCE[reduce_type](elements.unflatten(0, (-1, member.unit_size)), (1, 2))
+
+
+def _unit_scores(elements: Tensor, weight: Tensor, member: Member, reduce_type: str) -> Tensor:
+    """As :func:`reduce_units`; of a sharded weight this rank's share, for ``add_shares_``."""
+    if not is_sharded(weight):
+        return reduce_units(elements, member, reduce_type)
+    dim = 1 if member.role == "consumer" else 0
+    return unit_share(elements, weight, dim, member.unit_size, reduce_type == "mean")
 
 
 class ScoreKeeper:
@@ -110,18 +119,21 @@ class ScoreKeeper:
             weights, grads: member name -> its weight, and the weight's gradient.
             scale: what the gradients were multiplied by (a loss scale not yet undone).
         """
+        fresh: dict[str, Tensor] = {}
         for member in (m for g in self.groups for m in scored_members(g)):
-            grad = grads[member.name]
+            weight, grad = weights[member.name], grads[member.name]
             if grad is None:
                 continue
-            new = element_scores(weights[member.name], grad, self.criterion)
+            new = element_scores(local(weight), local(grad), self.criterion)
             if self.reduce_type != "max":
-                new = reduce_units(new, member, self.reduce_type)
-            new = new / scale  # every criterion that reads gradients is linear in their size
-            old = self.state.get(member.name)
+                new = _unit_scores(new, weight, member, self.reduce_type)
+            fresh[member.name] = new / scale  # every criterion here is linear in the gradients
+        add_shares_(fresh, weights)
+        for name, new in fresh.items():
+            old = self.state.get(name)
             if old is not None and self.memory:
                 new = new.add_(old.float(), alpha=self.memory)
-            self.state[member.name] = new.to(self.dtype)
+            self.state[name] = new.to(self.dtype)
 
     @torch.no_grad()
     def scores(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,8 +149,11 @@ class ScoreKeeper:
         parts = []
         for member in scored_members(group):
             if self.criterion == "magnitude":
-                elements = element_scores(weights[member.name], None, self.criterion)
-                parts.append(reduce_units(elements, member, self.reduce_type))
+                weight = weights[member.name]
+                elements = element_scores(local(weight), None, self.criterion)
+                share = {member.name: _unit_scores(elements, weight, member, self.reduce_type)}
+                add_shares_(share, weights)
+                parts.append(share[member.name])
             elif member.name in self.state:
                 state = self.state[member.name].float()
                 whole = self.reduce_type == "max"
@@ -163,8 +178,12 @@ class ScoreKeeper:
 
 def _live_units(group: Group, weights: Mapping[str, Tensor]) -> Tensor:
     """1 for a unit that any consumer reads, 0 for one whose columns are all zero: [num_units]."""
-    sizes = [reduce_units(weights[m.name].detach().abs(), m, "max") for m in group.consumers]
-    return (torch.stack(sizes).amax(0) > 0).float()
+    sizes = {
+        m.name: _unit_scores(local(weights[m.name]).detach().abs(), weights[m.name], m, "max")
+        for m in group.consumers
+    }
+    add_shares_(sizes, weights)
+    return (torch.stack(list(sizes.values())).amax(0) > 0).float()
 
 
 def _alive(group: Group, weights: Mapping[str, Tensor]) -> bool:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from slimkern.discovery.groups import Member
 from slimkern.nn import FusedModule, MaskedLinear
+from slimkern.parallel import unwrapped
 from slimkern.plan import PlanEntry, SlimPlan
+from slimkern.shards import WAY_OUT, first_sharded, resharded_
 
 
 class SurgeryError(ValueError):
@@ -86,6 +88,7 @@ def linear_of(model: nn.Module, member: Member) -> nn.Linear:
     if type(module) not in (nn.Linear, MaskedLinear):
         raise SurgeryError(
             f"{member.name!r}: only a plain nn.Linear can be cut, this is {type(module).__name__}"
+            f"{_sharded_itself(module)}"
         )
     for name in ("weight", "bias"):
         if name not in module._parameters:
@@ -93,10 +96,33 @@ def linear_of(model: nn.Module, member: Member) -> nn.Linear:
     return module  # type: ignore[return-value]
 
 
+def refuse_sharded(model: nn.Module, doing: str) -> None:
+    """Refuse a model with sharded parameters.
+
+    Raises:
+        SurgeryError: it has some; tells the way out.
+    """
+    name = first_sharded(model)
+    if name is not None:
+        raise SurgeryError(
+            f"{doing} needs whole weights, and {name!r} is sharded over ranks. {WAY_OUT}"
+        )
+
+
+def _sharded_itself(module: nn.Module) -> str:
+    made = any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
+    return ": give fully_shard the block around it, not the linear itself" if made else ""
+
+
 def checked_cuts(
-    model: nn.Module, plan: SlimPlan
+    model: nn.Module, plan: SlimPlan, *, whole: bool = False
 ) -> tuple[dict[str, nn.Parameter], dict[str, list[tuple[int, Tensor]]]]:
     """The parameters by name, and the cuts that a plan means for them.
+
+    Args:
+        model: what is to be cut or masked; sharded parameters are brought to their sharded state.
+        plan: what stays.
+        whole: whether no parameter may be sharded.
 
     Raises:
         SurgeryError: the plan does not fit the model, or can't be applied exactly.
@@ -106,6 +132,14 @@ def checked_cuts(
             "the model is what torch.compile returned: pass the module that was compiled "
             "(model._orig_mod), with a plan for it; the compiled one follows"
         )
+    if unwrapped(model) is not model:
+        raise SurgeryError(
+            f"the model is a {type(model).__name__}, whose buckets are of the weights as they are: "
+            f"pass the module inside (model.module), with a plan for it"
+        )
+    if whole:
+        refuse_sharded(model, "a cut")
+    resharded_(model)
     fused = [name for name, m in model.named_modules() if isinstance(m, FusedModule)]
     if fused:
         raise SurgeryError(

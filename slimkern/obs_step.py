@@ -29,6 +29,7 @@ from slimkern.calibration.solve import least_squares
 from slimkern.calibration.watch import evaluating, watched
 from slimkern.cuts import spread
 from slimkern.discovery.groups import Group
+from slimkern.shards import is_sharded
 from slimkern.track import Track
 
 # What is kept of a dataloader: its first batches, up to the one that reaches the tokens.
@@ -100,11 +101,17 @@ def checked(model: nn.Module, tracks: Iterable[Track], batches: Sequence[Any]) -
     """Whether these rules can do their prune steps; returns notes on what they lack.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or weights are sharded.
     """
     groups = [g for t in tracks if t.rule.needs_batches for g in t.groups]
     if not groups:
         return []
+    for name in (f"{m.name}.weight" for g in groups for m in g.consumers):
+        if is_sharded(model.get_parameter(name)):
+            raise ValueError(
+                f"pruning_type='obs' solves for whole weights, and {name!r} is sharded: prune "
+                f"before fully_shard (start_step=0, end_step=0), or by another criterion"
+            )
     if not batches:
         raise ValueError("pruning_type='obs' measures layers on calibration batches; there is none")
     tokens = sum(batch.tokens for batch in read_batches(model, batches))

@@ -20,7 +20,9 @@ from slimkern.criteria import scored_members
 from slimkern.discovery.groups import Group
 from slimkern.masks import masked_plan
 from slimkern.nn import MaskedLinear
+from slimkern.obs_ranks import on_first
 from slimkern.optimizer_state import innermost
+from slimkern.parallel import ranks_of
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.pruning_report import GroupReport, PruningReport, Sparsity
 from slimkern.surgery import mask_, zero_masked_columns
@@ -35,6 +37,9 @@ class Pruning:
     before a step; masks move, and columns of masked units are set back to zero, just after it.
     A unit that is masked stays masked.
 
+    In a run of several processes every rank makes this object and takes every step; scores are
+    averaged over the ranks, and all hold the same masks after every update.
+
     Args:
         model: the model. Its linears are masked by :func:`slimkern.mask_` from the first cut on.
         rules: each rule with the groups it prunes.
@@ -44,6 +49,8 @@ class Pruning:
         batches: what rules of type ``obs`` calibrate on, as the model takes them; kept as long as
             this object. Such a rule writes to the second linears' weights and biases, frozen or
             not, at its prune steps.
+        process_group: the processes that train the model together; by default all of
+            ``torch.distributed``, where it is initialised.
 
     Attributes:
         step: completed optimizer steps.
@@ -53,6 +60,7 @@ class Pruning:
         ValueError: a rule lacks a schedule, an optimizer or batches, or prunes before there are
             gradients; a weight is frozen that a criterion needs the gradient of; the optimizer is
             another model's.
+        RuntimeError: the ranks disagree, or this failed on another one.
     """
 
     def __init__(
@@ -62,22 +70,26 @@ class Pruning:
         optimizer: torch.optim.Optimizer | None = None,
         notes: Iterable[str] = (),
         batches: Iterable[Any] = (),
+        process_group: Any = None,
     ) -> None:
         self.model = model
-        self.optimizer = optimizer = innermost(optimizer)
+        self._ranks = ranks_of(process_group)
         self.step = 0
-        self._tracks = [Track.start(rule, groups) for rule, groups in rules]
-        self._batches = tuple(batches)
-        self._notes = (*notes, *obs_step.checked(model, self._tracks, self._batches))
-        self._groups = {g.name: g for t in self._tracks for g in t.groups}
-        names = {m.name for g in self._groups.values() for m in scored_members(g)}
-        self._weights = {n: model.get_parameter(f"{n}.weight") for n in sorted(names)}
-        self._check_optimizer(optimizer)
-        self._sizes = {n: _elements(model, g) for n, g in self._groups.items()}
-        self._keep = {n: tuple(range(g.num_units)) for n, g in self._groups.items()}
-        self._read_masks()
+        with self._ranks.together("preparing to prune"):
+            self.optimizer = optimizer = innermost(optimizer)
+            self._tracks = [Track.start(rule, groups) for rule, groups in rules]
+            self._batches = tuple(batches)
+            self._notes = (*notes, *obs_step.checked(model, self._tracks, self._batches))
+            self._groups = {g.name: g for t in self._tracks for g in t.groups}
+            names = {m.name for g in self._groups.values() for m in scored_members(g)}
+            self._weights = {n: model.get_parameter(f"{n}.weight") for n in sorted(names)}
+            self._check_optimizer(optimizer)
+            self._sizes = {n: _elements(model, g) for n, g in self._groups.items()}
+            self._keep = {n: tuple(range(g.num_units)) for n, g in self._groups.items()}
+            self._read_masks()
         self._handles: list[Any] = []
         self._skipped = self._over = False
+        self._agree("what to prune, how and when", with_rules=True)
         self._cut()
         if optimizer is not None:
             self._handles = [
@@ -123,7 +135,7 @@ class Pruning:
 
         Returns:
             ``{"step": int, "scores": {linear name: tensor}, "keep": {group name: int64 tensor}}``,
-            tensors on the CPU.
+            tensors on the CPU. The same on every rank; no rank waits for another.
         """
         return {
             "step": self.step,
@@ -136,7 +148,7 @@ class Pruning:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the model's masks are set to it.
 
-        The model and the optimizer must hold their own saved states.
+        The model and the optimizer must hold their own saved states. Every rank loads the same.
 
         Raises:
             ValueError: the state is of another model or another configuration; nothing has been
@@ -162,6 +174,7 @@ class Pruning:
         for track, own in zip(self._tracks, scores):
             track.keeper.state = own
         self.step = step
+        self._agreed = False
 
     def remove(self) -> None:
         """Let go of the optimizer. Masks stay as they are and no longer move."""
@@ -170,21 +183,17 @@ class Pruning:
         self._handles = []
         self._over = True
 
+    def _agree(self, what: str, with_rules: bool = False) -> None:
+        """Hold step and masks, and perhaps the rules, against the other ranks'."""
+        values: dict[str, Any] = {"step": self.step, "masks": self._keep}
+        if with_rules:
+            values |= {f"rule {i}": (t.rule, t.groups) for i, t in enumerate(self._tracks)}
+        self._ranks.agree(what, values)
+        self._agreed = not with_rules
+
     def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         for track in self._tracks:
-            if optimizer is None and track.steps[-1] > 0:
-                raise ValueError(
-                    f"optimizer= is needed: pattern {track.rule.pattern!r} is to be pruned up to "
-                    f"step {track.steps[-1]}, and steps are the optimizer's (without one, only "
-                    f"pruning_type='magnitude' or 'obs' with start_step=0 and end_step=0)"
-                )
-            frozen = [n for g in track.groups for n in _names(g)]
-            frozen = [n for n in frozen if not self._weights[n].requires_grad]
-            if track.rule.needs_gradients and frozen:
-                raise ValueError(
-                    f"pruning_type={track.rule.pruning_type!r} reads gradients, but these weights "
-                    f"are frozen: {', '.join(frozen)}; use 'magnitude' or unfreeze them"
-                )
+            track.check(self._weights, optimizer)
         if optimizer is not None and not self._owned_by(optimizer):
             raise ValueError(
                 "optimizer= holds none of the weights that are to be pruned: make it from "
@@ -206,6 +215,8 @@ class Pruning:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self._over or self._slimmed(optimizer):
             return
+        if not self._agreed:  # a state may have been loaded since the start, on one rank alone
+            self._agree("where the run stands")
         # A fused optimizer under a GradScaler is stepped with scaled gradients, and told to do
         # nothing when one of them is infinite.
         found_inf = getattr(optimizer, "found_inf", None)
@@ -236,12 +247,19 @@ class Pruning:
         ]
         if not changed:
             return False
+        now = {n: self.model.get_parameter(f"{n}.weight") for n in self._weights}
+        alike = all(now[n].shape == w.shape for n, w in self._weights.items())
         if not self._owned_by(optimizer):
             raise RuntimeError(
-                f"the model has new weights ({changed[0]!r} and others; was it slimmed?), and this "
-                f"optimizer still holds the old ones: it would train nothing. Slim with "
-                f"model_slim(model, optimizer=optimizer), or make a new optimizer"
+                f"the model has new weights ({changed[0]!r} and others; was it slimmed, or "
+                f"sharded?), and this optimizer still holds the old ones: it would train nothing. "
+                f"Slim with model_slim(model, optimizer=optimizer), or make a new optimizer"
             )
+        if alike:  # the same weights in other tensors: sharded since, or moved
+            self._weights = now
+            for track in self._tracks:
+                track.check(now, optimizer)
+            return False
         self._over, self._weights = (
             True,
             {},
@@ -260,18 +278,16 @@ class Pruning:
         self._read_masks()  # the user, or another Pruning, may have masked more
         keep = dict(self._keep)
         for track in (t for t in tracks if not t.rule.needs_batches):
-            keep.update(track.choose(self.step, self._weights, self._keep))
+            keep.update(track.choose(self.step, self._weights, self._keep, self._ranks))
         measured = [t for t in tracks if t.rule.needs_batches]
-        found = obs_step.obs_step(self.model, measured, self.step, self._keep, self._batches)
+        calibrating = (self.model, measured, self.step, self._keep, self._batches)
+        found = on_first(self._ranks, *calibrating)
         keep.update(found.keep)
+        self._ranks.agree(f"the masks of step {self.step}", keep)
         moved = [PlanEntry(g, keep[n]) for n, g in self._groups.items() if keep[n] != self._keep[n]]
         mask_(self.model, SlimPlan(tuple(moved)))
         found.write(self.model)
         self._keep = keep
-
-
-def _names(group: Group) -> tuple[str, ...]:
-    return tuple(m.name for m in scored_members(group))
 
 
 def _elements(model: nn.Module, group: Group) -> int:

@@ -144,6 +144,21 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
+def misfits(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) -> list[str]:
+    """Where tensors to load are not those of a cut model: one phrase each."""
+    have = {name: tuple(value.shape) for name, value in tensors.items()}
+    have.update({name: have[kept] for name, kept in tied.items() if kept in have})
+    want = shapes(model)
+    wrong = [f"{n} is missing" for n in want if n not in have]
+    wrong += [f"{n} is unknown to the model" for n in have if n not in want]
+    wrong += [
+        f"{n} has shape {have[n]}, the cut model {want[n]}"
+        for n in want
+        if n in have and have[n] != want[n]
+    ]
+    return wrong
+
+
 def _loose_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that are in no state dict, by name."""
     inside = model.state_dict(keep_vars=True)

@@ -22,6 +22,7 @@ from slimkern.masks import carried_masks
 from slimkern.nn import MaskedLinear
 from slimkern.optimizer_state import check_owner, check_state, move_state
 from slimkern.plan import PlanEntry, SlimPlan, compose, inside
+from slimkern.shards import local, own_part
 
 # Sizes that a module states about its own parameters: (class, parameter, dim) -> attribute.
 _SIZES = {
@@ -88,14 +89,13 @@ def _remember(model: nn.Module, entries: Iterable[PlanEntry] = ()) -> None:
 
 
 def zero_masked_columns(linear: MaskedLinear) -> None:
-    """Set the columns that ``linear`` does not read to zero, as optimizers with momentum or noise
-    may have moved them."""
+    """Set the columns that ``linear`` does not read to zero: momentum or noise may move them."""
     if linear.cols is None:
         return
     dead = torch.ones(linear.in_features, dtype=torch.bool, device=linear.weight.device)
     dead[linear.cols] = False
-    with torch.no_grad():
-        linear.weight.masked_fill_(dead, 0)
+    with torch.no_grad():  # of a sharded weight, this rank's slice
+        local(linear.weight).masked_fill_(own_part(dead, linear.weight, 1), 0)
 
 
 @contextmanager
@@ -145,11 +145,11 @@ def slim_(
         the model.
 
     Raises:
-        SurgeryError: the plan does not fit, or a parameter can't be cut.
+        SurgeryError: the plan does not fit, or a parameter can't be cut (as one that is sharded).
         ValueError: the optimizer is not the model's, or has state that can't be cut. In either
             case nothing has been changed.
     """
-    named, cuts = checked_cuts(model, plan)
+    named, cuts = checked_cuts(model, plan, whole=True)
     noted = _noted(model, plan)
     if optimizer is not None:
         check_owner(optimizer, model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from slimkern.config import PruningRule
@@ -102,3 +103,23 @@ def reasons(found: Discovery) -> str:
         lines[_SHOWN:] = [f"  ... and {len(lines) - _SHOWN} more; discover(model) lists all"]
     lines += [f"  found {g.name} ({g.kind}{', model head' if g.is_head else ''})" for g in found]
     return "\n".join(lines) or "  no linear layers in a row were seen"
+
+
+def refused_zeros(model: nn.Module, found: Discovery) -> list[str]:
+    """Refused linears that read columns which are all zero: somebody wanted those to go."""
+    lines, modules = [], dict(model.named_modules())
+    for refusal in found.refused:
+        module = modules.get(refusal.name)  # or a parameter's name
+        if isinstance(module, nn.Linear) and bool((module.weight == 0).all(0).any()):
+            lines.append(f"  refused {refusal.name}: {refusal.reason}")
+    return lines
+
+
+def check_device(model: nn.Module, device: torch.device | str | None) -> None:
+    """Refuse a device that the model is not on."""
+    if device is None:
+        return
+    wanted = torch.device(device)
+    have = {p.device for p in model.parameters()}
+    if any(d.type != wanted.type or wanted.index not in (None, d.index) for d in have):
+        raise ValueError(f"device={str(device)!r}, but the model is on {sorted(map(str, have))}")

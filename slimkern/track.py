@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from torch import Tensor
 from slimkern.config import PruningRule
 from slimkern.criteria import ScoreKeeper, scored_members
 from slimkern.discovery.groups import Group
+from slimkern.parallel import Ranks
 from slimkern.schedule import prune_steps, sparsity_at
 from slimkern.selection import select
+from slimkern.shards import check_shards, is_sharded
 
+_ALONE = Ranks()
 _MASKED = -1.0  # below every score: what is masked stays masked, also where live scores are zero
 
 
@@ -61,8 +65,40 @@ class Track:
             return False
         return self.rule.pruning_type == "snip_momentum" or step + 1 in self.steps
 
+    def check(self, weights: Mapping[str, Tensor], optimizer: Any) -> None:
+        """Refuse weights that this rule can't be followed on, and a run without an optimizer.
+
+        Raises:
+            ValueError: no optimizer counts the steps, a criterion needs the gradient of a frozen
+                weight, the rule needs whole weights and they are sharded, or how is not known.
+        """
+        if optimizer is None and self.steps[-1] > 0:
+            raise ValueError(
+                f"optimizer= is needed: pattern {self.rule.pattern!r} is to be pruned up to "
+                f"step {self.steps[-1]}, and steps are the optimizer's (without one, only "
+                f"pruning_type='magnitude' or 'obs' with start_step=0 and end_step=0)"
+            )
+        names = [m.name for g in self.groups for m in scored_members(g)]
+        frozen = [n for n in names if not weights[n].requires_grad]
+        if self.rule.needs_gradients and frozen:
+            raise ValueError(
+                f"pruning_type={self.rule.pruning_type!r} reads gradients, but these weights "
+                f"are frozen: {', '.join(frozen)}; use 'magnitude' or unfreeze them"
+            )
+        sharded = [n for n in names if is_sharded(weights[n])]
+        check_shards({n: weights[n] for n in sharded})
+        if sharded and self.rule.criterion_reduce_type == "max":
+            raise ValueError(
+                f"criterion_reduce_type='max' keeps a score of every element, and "
+                f"{sharded[0]!r} is sharded; accepted for sharded weights: 'mean', 'sum'"
+            )
+
     def choose(
-        self, step: int, weights: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]
+        self,
+        step: int,
+        weights: Mapping[str, Tensor],
+        keep: Mapping[str, tuple[int, ...]],
+        ranks: Ranks = _ALONE,
     ) -> dict[str, tuple[int, ...]]:
         """The units that stay after ``step`` completed steps; what is masked stays masked.
 
@@ -70,13 +106,16 @@ class Track:
             step: a prune step.
             weights: linear name -> its weight.
             keep: group name -> the units that are kept so far.
+            ranks: whose scores are averaged, so that all choose alike.
 
         Raises:
             RuntimeError: no gradient, or none but zeros, has reached a group.
         """
         if not self.sparsity(step):
             return {g.name: keep[g.name] for g in self.groups}
-        return self.highest(step, self.keeper.scores(weights), keep)
+        with ranks.together(f"scoring units at step {step}"):
+            scores = self.keeper.scores(weights)
+        return self.highest(step, ranks.mean(scores), keep)
 
     def sparsity(self, step: int) -> float:
         """The fraction that is to be removed after ``step`` completed steps."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_cases import Pair
 from sanitize import build_kernels
 
 # Triton reads this when a kernel is decorated, so before the first import of one. Without a GPU the
@@ -23,6 +24,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    """Two processes in a gloo group, for tests that train in parallel."""
+    processes = Pair()
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_the_signatures_are_the_compatible_ones():
     assert list(inspect.signature(prepare_pruning).parameters)[:2] == ["model", "config"]
     assert shape(prepare_pruning) == [
         ("optimizer", None), ("dataloader", None), ("loss_func", None),
-        ("framework", "pytorch"), ("device", None),
+        ("framework", "pytorch"), ("device", None), ("process_group", None),
     ]  # fmt: skip
     assert shape(model_slim)[:2] == [("dataloader", None), ("round_multiplier", 32)]
 

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from slimkern.auto_slim import parse_auto_slim_config, prepare_pruning
 from slimkern.config import WeightPruningConfig
+from slimkern.parallel import ranks_of
 from slimkern.pruning import Pruning, PruningReport
 from slimkern.training.checkpoints import read_beside, write_beside
 
@@ -101,12 +102,13 @@ class SlimCallback(TrainerCallback):
         optimizer = _unwrapped(kwargs["optimizer"])
         pruning = prepare_pruning(model, configs, optimizer, self.calibration)
         if state.global_step:
-            pruning.load_state_dict(read_beside(args, state.global_step, STATE_NAME))
-            if pruning.step != state.global_step:
-                raise ValueError(
-                    f"the checkpoint's masks are of step {pruning.step}, "
-                    f"its model is of step {state.global_step}"
-                )
+            with ranks_of().together("resuming the masks"):
+                pruning.load_state_dict(read_beside(args, state.global_step, STATE_NAME))
+                if pruning.step != state.global_step:
+                    raise ValueError(
+                        f"the checkpoint's masks are of step {pruning.step}, "
+                        f"its model is of step {state.global_step}"
+                    )
         self.pruning = pruning
 
     def on_log(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from slimkern.cuts import refuse_sharded
+from slimkern.parallel import ranks_of
 from slimkern.training.checkpoints import read_beside, write_beside
 from slimkern.training.state_files import read_state, write_state
 
@@ -69,6 +71,7 @@ class AverageWeights(TrainerCallback):
         Raises:
             FileNotFoundError: training is resumed from a checkpoint that holds no average.
         """
+        refuse_sharded(kwargs["model"], "AverageWeights")
         self.weights, self.updates = None, 0
         if state.global_step:
             kept = read_beside(args, state.global_step, AVERAGE_NAME)
@@ -132,7 +135,8 @@ class KeepBest(TrainerCallback):
     """Scores the model after each epoch, keeps the weights of the best one, and stops in time.
 
     The best epoch so far is on disk, so that an interrupted run finds it again. The weights are
-    brought back by :meth:`restore`.
+    brought back by :meth:`restore`. In a run of several processes rank 0's score counts, and rank 0
+    writes.
 
     Args:
         score: gives the model's score; higher is better.
@@ -164,6 +168,7 @@ class KeepBest(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """On resume, read which epoch was the best so far."""
+        refuse_sharded(kwargs["model"], "KeepBest")
         if state.global_step and (self.folder / "best.json").is_file():
             kept = read_state(self.folder, "best")
             if kept["step"] <= state.global_step:
@@ -190,15 +195,20 @@ class KeepBest(TrainerCallback):
 
     def _judge(self, model: nn.Module, state: TrainerState) -> None:
         """Score the model as it is, and write its weights where they are the best."""
-        score = self.score(model)
+        ranks = ranks_of()
+        with ranks.together("scoring an epoch"):
+            score = self.score(model)
+        score = float(ranks.first(repr(float(score))))
         entry = {"step": state.global_step, "epoch": state.epoch or 0.0, "score": score}
         state.log_history.append(entry)
         if not self.ready():
             return
         if self.best is None or score > self.best:
             self.best, self.best_epoch, self.epochs_since = score, entry["epoch"], 0
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_state({**entry, "model": dict(model.state_dict())}, self.folder, "best")
+            with ranks.together("keeping the best epoch"):
+                if not ranks.rank:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    write_state({**entry, "model": dict(model.state_dict())}, self.folder, "best")
         else:
             self.epochs_since += 1
 
@@ -245,7 +255,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask the Trainer for a checkpoint and the end of training."""
-        if self.requested:
+        """Ask the Trainer for a checkpoint and the end of training, on every rank at once."""
+        if ranks_of().any(self.requested):
             control.should_save = True
             control.should_training_stop = True

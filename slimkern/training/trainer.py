@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from slimkern.parallel import ranks_of
 from slimkern.training.distillation import DistillationWeights
 from slimkern.training.loss import DistillationLoss
 from slimkern.training.rows import EncodedRows, LengthGroupedSampler
@@ -30,7 +31,7 @@ class TrainingSettings:
     Attributes:
         epochs: passes over the training rows.
         learning_rate: the peak.
-        batch_size: rows per optimizer step.
+        batch_size: rows per optimizer step, and per process where there are several.
         schedule: ``linear`` or ``cosine`` decay to zero, or ``constant``, after the warm-up.
         warmup: fraction of the optimizer steps in which the learning rate rises linearly.
         weight_decay, betas: of AdamW.
@@ -153,12 +154,14 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with the mean of each part of the loss since the last time."""
         if "loss" in logs and len(self._parts) > 1:
-            logs.update({f"loss_{n}": float(np.mean(v)) for n, v in self._parts.items()})
+            means = {n: torch.tensor(np.mean(v)) for n, v in self._parts.items()}
+            logs.update({f"loss_{n}": float(v) for n, v in ranks_of().mean(means).items()})
         self._parts.clear()
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        size *= self.args.world_size  # its batches are dealt out in turns
         return LengthGroupedSampler(self.rows.lengths(), size, self.args.seed)
 
 
