@@ -23,11 +23,12 @@ from slimkern.calibration.walk import Progress, Walk
 from slimkern.calibration.watch import evaluating
 from slimkern.config import PruningRule
 from slimkern.copies import own_, sharing_copy
-from slimkern.cuts import uncompiled
+from slimkern.cuts import refuse_sharded
 from slimkern.discovery import discover
 from slimkern.discovery.groups import Group
 from slimkern.layerwise import Layerwise, Method
 from slimkern.masks import is_masked
+from slimkern.parallel import unwrapped
 from slimkern.plan import SlimPlan
 from slimkern.selection import kept_units
 from slimkern.surgery import note_errors_
@@ -191,9 +192,9 @@ class _Road:
 
     def __init__(self, model: nn.Module, batches: Any, options: Options) -> None:
         self.started = time.perf_counter()
-        self.model = uncompiled(model)
-        self.options = options
-        self.method = options.method
+        self.model = unwrapped(model)
+        refuse_sharded(self.model, "one_shot")
+        self.options, self.method = options, options.method
         self.progress = options.progress or (lambda stage, done, total: None)
         if is_masked(self.model):
             raise ValueError("the model is masked: slim it first, with slimkern.model_slim(model)")

@@ -250,6 +250,7 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.discovery",
             "slimkern.layerwise",
             "slimkern.masks",
+            "slimkern.parallel",
             "slimkern.plan",
             "slimkern.selection",
             "slimkern.surgery",
