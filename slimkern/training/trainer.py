@@ -12,7 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from slimkern.parallel import ranks_of
 from slimkern.training.distillation import DistillationWeights
@@ -116,6 +122,7 @@ class DistillTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.loss = DistillationLoss(task, weights, teacher)
+        self._epochs = _TellEpoch()
         self.weights = self.loss.weights
         if self.weights.task and not rows.labelled:
             raise ValueError(
@@ -129,7 +136,7 @@ class DistillTrainer(Trainer):
             args=arguments,
             train_dataset=rows,
             data_collator=rows.collate,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, self._epochs],
         )
         self.task = task
         self.rows = rows
@@ -162,7 +169,24 @@ class DistillTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         size *= self.args.world_size  # its batches are dealt out in turns
-        return LengthGroupedSampler(self.rows.lengths(), size, self.args.seed)
+        self._epochs.sampler = LengthGroupedSampler(self.rows.lengths(), size, self.args.seed)
+        return self._epochs.sampler
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells a sampler which epoch begins.
+
+    The Trainer does so itself, but for the epoch that training is resumed within, where there are
+    several processes: accelerate's loader hides the sampler one layer deeper then.
+    """
+
+    sampler: LengthGroupedSampler | None = None
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:
