@@ -30,8 +30,14 @@ def check_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parame
 
     Raises:
         ValueError: a state tensor has dimensions, but not those of its parameter (a factored
-            second moment, a low-rank or block-wise quantized state), or lies in a container.
+            second moment, a low-rank or block-wise quantized state), or lies in a container; or the
+            optimizer is dealt out over ranks.
     """
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise ValueError(
+            "ZeroRedundancyOptimizer: its shares are of the parameters as they are; slim without "
+            "optimizer= and make a new one"
+        )
     for parameter in parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, (list, tuple, Mapping)) and value:

@@ -183,3 +183,34 @@ def test_obs_calibrates_on_rank_0_and_all_have_its_weights(pair, scope):
 
 def test_an_error_of_the_calibration_is_one_on_every_rank(pair):
     pair(by_obs, "local", True)
+
+
+def masked_before(zero):
+    """Masks first, then the wrapper; perhaps an optimizer that is dealt out over the ranks."""
+    model = double_model()
+    pruned(model, None, rules_of("magnitude", end_step=0, target_sparsity=0.25))
+    wrapper = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    if zero:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        values = {"lr": 1e-2, "eps": 1e-3}
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **values)
+    pruning = pruned(model, optimizer, rules_of("snip_momentum"))
+    run(wrapper, optimizer, STEPS, rank=dist.get_rank(), size=dist.get_world_size())
+    if zero:
+        with pytest.raises(ValueError, match="ZeroRedundancyOptimizer: its shares"):
+            slimkern.slim_(model, pruning.plan(), optimizer)
+    return outcome(model, pruning)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_masks_before_the_wrapper_grow_on(pair, zero):
+    first, second = pair(masked_before, zero)
+    assert first["plan"] == second["plan"]
+    model = double_model()
+    pruned(model, None, rules_of("magnitude", end_step=0, target_sparsity=0.25))
+    optimizer = adamw(model)
+    pruning = pruned(model, optimizer, rules_of("snip_momentum"))
+    run(model, optimizer, STEPS)
+    assert_same_run(first, outcome(model, pruning), STEPS)

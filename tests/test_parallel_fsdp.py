@@ -15,10 +15,11 @@ from parallel_cases import (
     rules_of,
     run,
 )
+from pruning_cases import make
 from tiny_models import FAMILIES, text_inputs
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import slimkern
@@ -217,3 +218,28 @@ def test_a_model_may_be_sharded_after_it_was_prepared(pair):
     assert first["plan"] == second["plan"]
     assert_same_run(first, one("snip_momentum"), STEPS)
     pair(stale)
+
+
+def in_bfloat16():
+    model = make()
+    for layer in model:
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pruning = pruned(model, optimizer, rules_of("snip_momentum"))
+    for step in range(STEPS):
+        x = torch.randn(
+            2, 5, 8, generator=torch.Generator().manual_seed(2 * step + dist.get_rank())
+        )
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    dead = whole(model)["0.fc2.weight"].abs().sum(0) == 0
+    return pruning.plan().to_json(), pruning.plan()["0.fc2"].keep, (~dead).nonzero().flatten()
+
+
+def test_mixed_precision_of_fully_shard(pair):
+    (first, keep, live), (second, *_) = pair(in_bfloat16)
+    assert first == second
+    assert live.tolist() == list(keep)
+    assert len(keep) == 32

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from parallel_cases import SIZE
+from tiny_models import FAMILIES, text_inputs
 from tiny_training import StopAt, setting_of, trainer_of
 
+import slimkern
 from slimkern.training import KeepBest, SlimCallback, StopOnInterrupt, callback
 
 CUT = {"ffn2_sparsity": 0.5, "mha_sparsity": 0.5, "pruning_scope": "local", "round_multiplier": 8}
@@ -123,3 +126,31 @@ def kept_best(setting, folder):
 def test_rank_0_keeps_the_best_and_all_stop_together(pair, setting, tmp_path):
     assert pair(kept_best, setting, tmp_path) == [([0.1, 0.9, 0.3], 0.9, 2.0, 1)] * SIZE
     assert (tmp_path / "best" / "best.safetensors").is_file()
+
+
+def accelerated():
+    """A loop of the user's own on accelerate, two micro-batches a step."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = FAMILIES["bert"]("ForSequenceClassification")
+    cut = {"pruning_scope": "local", "end_step": 3, "round_multiplier": 8}
+    configs = slimkern.parse_auto_slim_config(model, ffn2_sparsity=0.5, mha_sparsity=0.5, **cut)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    pruning = slimkern.prepare_pruning(wrapped, configs, optimizer)
+    for step in range(8):
+        with accelerator.accumulate(wrapped):
+            batch = text_inputs(4, 9, seed=2 * step + accelerator.process_index)
+            accelerator.backward(wrapped(**batch).logits.square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert type(wrapped).__name__ == "DistributedDataParallel"
+    assert pruning.step == 4
+    assert pruning.done
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    return pruning.plan().to_json(), weight.detach().clone()
+
+
+def test_a_loop_on_accelerate(pair):
+    (first, weight), (second, other) = pair(accelerated)
+    assert first == second
+    assert torch.equal(weight, other)
