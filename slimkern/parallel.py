@@ -83,7 +83,7 @@ class Ranks:
         """
         if self.alone or not tensors:
             return dict(tensors)
-        device = _device(self.group, next(iter(tensors.values())).device)
+        device = message_device(self.group, next(iter(tensors.values())).device)
         flat = torch.cat([t.detach().float().flatten().to(device) for t in tensors.values()])
         dist.all_reduce(flat, group=self.group)
         parts = (flat / self.size).split([t.numel() for t in tensors.values()])
@@ -94,7 +94,7 @@ class Ranks:
         """Whether ``flag`` is set on any rank."""
         if self.alone:
             return flag
-        count = torch.tensor(int(flag), device=_device(self.group))
+        count = torch.tensor(int(flag), device=message_device(self.group))
         dist.all_reduce(count, group=self.group)
         return bool(count)
 
@@ -113,14 +113,14 @@ class Ranks:
             return
         source = dist.get_global_rank(self.group, 0)
         for tensor in tensors:
-            sent = tensor.to(_device(self.group, tensor.device)).contiguous()
+            sent = tensor.to(message_device(self.group, tensor.device)).contiguous()
             dist.broadcast(sent, source, group=self.group)
             if sent is not tensor:
                 tensor.copy_(sent)
 
     def _gather(self, message: bytes) -> list[bytes]:
         """Every rank's message, in the order of ranks."""
-        device = _device(self.group)
+        device = message_device(self.group)
         size = torch.tensor([len(message)], device=device)
         sizes = [torch.zeros_like(size) for _ in range(self.size)]
         dist.all_gather(sizes, size, group=self.group)
@@ -227,8 +227,8 @@ def _can_be_told(kind: type[BaseException]) -> bool:
     return issubclass(kind, Exception) and not issubclass(kind, dist.DistError)
 
 
-def _device(group: Any, wanted: torch.device | None = None) -> torch.device:
-    """Where a message of the group may lie: ``wanted`` if a backend serves it, or the CPU, or the
+def message_device(group: Any, wanted: torch.device | None = None) -> torch.device:
+    """Where a message of a group may lie: ``wanted`` if a backend serves it, or the CPU, or the
     accelerator in use (NCCL has no other)."""
     served = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
     if wanted is not None and wanted.type in served:

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from slimkern.parallel import message_device
+
 WAY_OUT = (
     "Gather the full state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
     "StateDictOptions(full_state_dict=True, cpu_offload=True)), load it into a model that is not "
@@ -127,7 +129,9 @@ def add_shares_(shares: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
     for (mesh, dims), parts in meshes.items():
         flat = torch.cat([p.flatten() for p in parts])
         for dim in dims:
-            dist.all_reduce(flat, group=mesh.get_group(dim))
+            group = mesh.get_group(dim)
+            flat = flat.to(message_device(group, flat.device))  # slices may rest on the CPU
+            dist.all_reduce(flat, group=group)
         for part, total in zip(parts, flat.split([p.numel() for p in parts])):
             part.copy_(total.view(part.shape))
 

@@ -98,7 +98,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("selection.py", {"torch"}),
     ("plan.py", {"torch", "slimkern.selection", *DATA}),
     ("parallel.py", {"torch"}),
-    ("shards.py", {"torch"}),
+    ("shards.py", {"torch", "slimkern.parallel"}),
     ("criteria.py", {"torch", "slimkern.discovery", "slimkern.plan", "slimkern.shards"}),
     (
         "cuts.py",
