@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from parallel_cases import SIZE, adamw, double_model, pruned, rules_of, run
 from tiny_models import FAMILIES
 
 import slimkern
-from slimkern.parallel import Ranks, ranks_of
+from slimkern.parallel import Ranks, message_device, ranks_of
 
 
 def messages():
@@ -161,3 +163,21 @@ def saved(folder):
 def test_one_rank_writes(pair, tmp_path):
     pair(saved, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own0", "own1", "second", "shared"]
+
+
+def test_messages_lie_where_the_groups_backend_serves_them(monkeypatch):
+    """NCCL has no messages in the CPU's memory; a group with two backends takes either."""
+    gpu = SimpleNamespace(current_device=lambda: 3)
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: gpu)
+    cpu, second = torch.device("cpu"), torch.device("cuda", 1)
+    for backends, wanted in (
+        (
+            "cuda:nccl",
+            {None: torch.device("cuda", 3), cpu: torch.device("cuda", 3), second: second},
+        ),
+        ("cpu:gloo,cuda:nccl", {None: cpu, cpu: cpu, second: second}),
+        ("cpu:gloo", {None: cpu, cpu: cpu, second: cpu}),
+    ):
+        monkeypatch.setattr(dist, "get_backend_config", lambda group, told=backends: told)
+        for asked, given in wanted.items():
+            assert message_device(None, asked) == given
