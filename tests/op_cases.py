@@ -136,11 +136,13 @@ def run_module(module: ModuleType, inputs: Inputs) -> Result:
     return Result(y.reshape(i.grad_y.shape), dx.reshape(i.x.shape), dw, db)
 
 
-def assert_within_eager_error(result: Result, inputs: Inputs) -> None:
+def assert_within_eager_error(
+    result: Result, inputs: Inputs, equation: Callable[..., Tensor] = eager
+) -> None:
     """Asserts shape, dtype and the measuring-stick bound of the output and of each gradient."""
-    exact = run(eager, inputs.map(Tensor.double))
-    stick = run(eager, inputs)
-    magnitude = run(eager, inputs.map(lambda tensor: tensor.double().abs()))
+    exact = run(equation, inputs.map(Tensor.double))
+    stick = run(equation, inputs)
+    magnitude = run(equation, inputs.map(lambda tensor: tensor.double().abs()))
     tokens = prod(inputs.x.shape[:-1])
     terms = {
         "y": inputs.x.shape[-1] + 1,

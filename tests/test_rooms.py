@@ -65,6 +65,8 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_native.py", {"torch", "slimkern._C"}),
     ("ops/_tile.py", {"torch", "triton"}),
     ("ops/_weights.py", {"torch"}),
+    ("ops/_block_mask.py", {"torch"}),
+    ("ops/_linear.py", {"torch"}),
     ("ops/_math.py", {"torch", "slimkern.ops._native"}),
     ("ops/_fused.py", {"torch", "slimkern.ops._native"}),
     (
@@ -84,6 +86,7 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.ops.ffn.reference",
         },
     ),
+    ("ops/block_masked_linear/reference.py", {"torch", "slimkern.ops._block_mask"}),
     ("ops/*/reference.py", {"torch", "slimkern.ops._weights"}),
     ("ops/*/cpu.py", {"torch", "slimkern.ops._native", "slimkern.ops._fused"}),
     ("ops/*/triton.py", {"torch", "triton", "slimkern.ops._tile"}),

@@ -7,6 +7,7 @@ function hides its folder of the same name: ``slimkern.ops.indexed_linear`` is t
 from __future__ import annotations
 
 from slimkern.ops import _native  # noqa: F401  (fails here, with the build command)
+from slimkern.ops._block_mask import BlockMask
 from slimkern.ops._math import available_maths, choose_math, current_precision
 from slimkern.ops._pack import (
     Packed,
@@ -23,6 +24,7 @@ from slimkern.ops._weights import (
     NormWeights,
 )
 from slimkern.ops.attention_block import attention_block
+from slimkern.ops.block_masked_linear import block_masked_linear
 from slimkern.ops.common_slice import common_slice
 from slimkern.ops.embeddings import embeddings
 from slimkern.ops.encoder_layer import encoder_layer
@@ -32,6 +34,7 @@ from slimkern.ops.packed_linear import packed_linear
 
 __all__ = [
     "AttentionWeights",
+    "BlockMask",
     "EncoderLayerWeights",
     "FfnWeights",
     "LinearWeights",
@@ -39,6 +42,7 @@ __all__ = [
     "Packed",
     "attention_block",
     "available_maths",
+    "block_masked_linear",
     "check_index",
     "choose_math",
     "common_slice",

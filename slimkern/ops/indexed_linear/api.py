@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimkern.ops._linear import autocast_linear, check_device, check_linear
 from slimkern.ops._registry import Backends, define_op
 
 BACKENDS = Backends(
@@ -47,13 +48,15 @@ _dx = define_op(
     _fake_dx,
     BACKENDS,
 )
-_dw = define_op(
+linear_dw = define_op(
     "indexed_linear_dw",
     "Tensor grad_y, Tensor x, Tensor? rows, Tensor? cols, SymInt N, SymInt K",
     _fake_dw,
     BACKENDS,
 )
-_db = define_op("indexed_linear_db", "Tensor grad_y, Tensor? rows, SymInt N", _fake_db, BACKENDS)
+linear_db = define_op(
+    "indexed_linear_db", "Tensor grad_y, Tensor? rows, SymInt N", _fake_db, BACKENDS
+)
 
 
 class IndexedLinearFn(torch.autograd.Function):
@@ -93,8 +96,8 @@ class IndexedLinearFn(torch.autograd.Function):
         N, K = ctx.shape
         backend = ctx.backend
         dx = _dx(grad_y, weight, rows, cols, backend) if need_x else None
-        dw = _dw(grad_y, x, rows, cols, N, K, backend) if need_weight else None
-        db = _db(grad_y, rows, N, backend) if need_bias else None
+        dw = linear_dw(grad_y, x, rows, cols, N, K, backend) if need_weight else None
+        db = linear_db(grad_y, rows, N, backend) if need_bias else None
         return dx, dw, db, None, None, None
 
 
@@ -136,8 +139,7 @@ def indexed_linear(
         TypeError: a dtype does not fit.
     """
     name = BACKENDS.choose(backend, x.device)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast_linear(x, weight, bias)
     _check(x, weight, bias, rows, cols)
     if rows is not None and rows.shape[0] == weight.shape[0]:
         rows = None
@@ -181,19 +183,6 @@ def check_index(index: Tensor, size: int, name: str) -> Tensor:
     return index
 
 
-def _autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts as autocast does for a linear layer: floating tensors other than double."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(tensor: Tensor) -> Tensor:
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
-
-
 def _check_vector(index: Tensor, name: str) -> None:
     if index.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {index.dtype}; accepted: torch.int64")
@@ -205,15 +194,8 @@ def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None
 ) -> None:
     """Shapes, dtypes and devices; nothing that would wait for a device."""
-    if not x.is_floating_point():
-        raise TypeError(f"x has dtype {x.dtype}; accepted: a floating dtype")
-    if x.dim() < 1:
-        raise ValueError("x has no dimension; accepted: [..., C]")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; accepted: [N, K]")
+    check_linear(x, weight, bias)
     N, K = weight.shape
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != N):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; accepted: [{N}], one per weight row")
     for name, index, size in (("rows", rows, N), ("cols", cols, K)):
         if index is None:
             continue
@@ -226,9 +208,6 @@ def _check(
         raise ValueError(
             f"x has shape {tuple(x.shape)}; accepted: a last dimension of {kept}, as many as {what}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; accepted: {x.dtype}, the dtype of x")
-    for name, tensor in (("weight", weight), ("bias", bias), ("rows", rows), ("cols", cols)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; accepted: {x.device}, the device of x")
+    for name, tensor in (("rows", rows), ("cols", cols)):
+        if tensor is not None:
+            check_device(name, tensor, x)
