@@ -42,13 +42,13 @@ def matching(
     fitting = [g for g in found.groups if g.kind == kind and _is_type(model, g, rule)]
     chosen = [g for g in fitting if not g.is_head]
     if rule.op_names:
-        chosen = [g for g in fitting if _hits(rule.op_names, _selectable(g), modules)]
+        chosen = [g for g in fitting if hits(rule.op_names, _selectable(g), modules)]
     notes = []
     for entry in rule.excluded_op_names:
-        if not any(_hits((entry,), (name,), modules) for name in modules):
+        if not any(hits((entry,), (name,), modules) for name in modules):
             notes.append(f"excluded_op_names: {entry!r} is the name of no module")
     excluded = rule.excluded_op_names
-    chosen = [g for g in chosen if not _hits(excluded, _all_names(g), modules)]
+    chosen = [g for g in chosen if not hits(excluded, _all_names(g), modules)]
     return tuple(chosen), notes
 
 
@@ -61,7 +61,7 @@ def entry_for(name: str) -> str:
     return name
 
 
-def _hits(entries: Iterable[str], names: Iterable[str], modules: set[str]) -> bool:
+def hits(entries: Iterable[str], names: Iterable[str], modules: set[str]) -> bool:
     """Whether an entry means one of the names: the module and what is in it where it is a module's
     whole name, a regular expression searched in the names otherwise."""
     names = tuple(names)

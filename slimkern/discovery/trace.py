@@ -218,9 +218,15 @@ def is_masked(module: nn.Module) -> bool:
     return type(module).__module__ == "slimkern.nn.masked"
 
 
+def is_block_masked(module: nn.Module) -> bool:
+    """Whether a linear is masked in blocks: with inputs, outputs and units of the plain one."""
+    return type(module).__module__ == "slimkern.nn.block_masked"
+
+
 def _blocked(module: nn.Linear) -> str | None:
     """Why a linear is no plain one, or None."""
-    if type(module).forward is not nn.Linear.forward and not is_masked(module):
+    own = type(module).forward is not nn.Linear.forward
+    if own and not is_masked(module) and not is_block_masked(module):
         return f"{type(module).__name__} is not supported: it has a forward of its own"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance"
