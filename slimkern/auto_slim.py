@@ -6,29 +6,27 @@ top of the explicit path (discover, plan, mask, slim) and adds nothing else.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimkern.config import KEYS, PATTERNS, PruningRule, WeightPruningConfig
+from slimkern.config import KEYS, PruningRule, WeightPruningConfig
 from slimkern.config_checks import check_known, fraction
-from slimkern.cuts import refuse_sharded
-from slimkern.discovery import discover
 from slimkern.discovery.groups import Discovery, Group
-from slimkern.discovery.inputs import without_extras
-from slimkern.masks import carried_masks, masked_beside, masked_plan
 from slimkern.obs_step import first_batches
-from slimkern.parallel import ranks_of, retire_, unwrapped, wrapper_of
-from slimkern.plan import SlimPlan, plan_from_zeros
+from slimkern.parallel import ranks_of, unwrapped, wrapper_of
+from slimkern.patterns.scores import BlockTarget
+from slimkern.patterns.targets import block_targets
 from slimkern.pruning import Pruning
-from slimkern.shards import whole_shapes
-from slimkern.surgery import slim_, unmasked
-from slimkern.targets import check_device, described, entry_for, reasons, refused_zeros, targets
+from slimkern.removal import discovered, model_slim
+from slimkern.targets import check_device, entry_for, targets
 
-logger = logging.getLogger(__name__)
+__all__ = ["model_slim", "parse_auto_slim_config", "prepare_pruning"]
+
+UnitRules = list[tuple[PruningRule, tuple[Group, ...]]]
+BlockRules = list[tuple[PruningRule, tuple[BlockTarget, ...]]]
 
 
 def parse_auto_slim_config(
@@ -77,7 +75,7 @@ def parse_auto_slim_config(
     if not rules:
         return []
     model = unwrapped(model)
-    found = _discover(model, dataloader)
+    found = discovered(model, dataloader)
     configs = []
     for pattern, rule in rules.items():
         groups, _ = targets(model, found, rule)
@@ -106,9 +104,11 @@ def prepare_pruning(
     Args:
         model: the model; it may carry masks already, which stay (zeros that are no masks are
             trained like any weight). Of a compiled model, or one in ``DistributedDataParallel``,
-            the module inside is pruned; it may be sharded by ``fully_shard``.
+            the module inside is pruned; it may be sharded by ``fully_shard``, but for rules with
+            a block pattern.
         config: what :func:`parse_auto_slim_config` returned, one such dictionary, or a
-            :class:`WeightPruningConfig`.
+            :class:`WeightPruningConfig`. Rules with a block pattern need no example inputs: they
+            prune linears (and transformers' ``Conv1D``) by name.
         optimizer: the optimizer whose steps count. It may be left out only where every rule prunes
             by magnitude or ``obs`` at step 0.
         dataloader: its first batch serves as example inputs, where made-up ones do not do. For
@@ -127,9 +127,9 @@ def prepare_pruning(
         the :class:`~slimkern.pruning.Pruning`: ``sparsity()``, ``report()``, ``state_dict()``.
 
     Raises:
-        NotImplementedError: a pattern that is no whole channel or head.
         ValueError: an argument is not accepted, a schedule, the optimizer or the dataloader is
-            missing, a rule finds no target, or two rules want the same one.
+            missing, a rule finds no target, two rules want the same one, or a layer that a rule
+            names does not take its pattern.
         TypeError: an unknown key.
     """
     wrapper = wrapper_of(model)
@@ -140,24 +140,18 @@ def prepare_pruning(
             raise ValueError(f"framework={framework!r} is not accepted; accepted: 'pytorch'")
         model = unwrapped(model)
         check_device(model, device)
-        chosen, notes, batches = _prepared(model, config, dataloader)
-    return Pruning(model, chosen, optimizer, notes, batches, process_group)
+        units, blocks, notes, batches = _prepared(model, config, dataloader)
+    return Pruning(model, units, optimizer, notes, batches, process_group, blocks)
 
 
 def _prepared(
     model: nn.Module, config: Any, dataloader: Iterable[Any] | None
-) -> tuple[list[tuple[PruningRule, tuple[Group, ...]]], list[str], list[Any]]:
-    """Each rule with the groups that it prunes, notes, and the batches to calibrate on."""
+) -> tuple[UnitRules, BlockRules, list[str], list[Any]]:
+    """What each rule prunes, notes, and the batches to calibrate on."""
     if not isinstance(config, WeightPruningConfig):
         config = WeightPruningConfig(config)
     if not config.rules:
         raise ValueError("config holds no rule: there is nothing to prune (were all sparsities 0?)")
-    for rule in config.rules:
-        if rule.pattern not in PATTERNS:
-            raise NotImplementedError(
-                f"pattern={rule.pattern!r} is not supported yet; supported are 'channelx1' (whole "
-                f"FFN channels) and 'mha' (whole heads)"
-            )
     batches: list[Any] = []
     if any(rule.needs_batches for rule in config.rules):
         if dataloader is None:
@@ -166,131 +160,34 @@ def _prepared(
                 "(SlimCallback: calibration=)"
             )
         dataloader = batches = first_batches(model, dataloader)
-    found = _discover(model, dataloader)
+    units = any(rule.block is None for rule in config.rules)
+    found = discovered(model, dataloader) if units else Discovery(())
     return *_chosen(model, found, config.rules), batches
 
 
 def _chosen(
     model: nn.Module, found: Discovery, rules: Iterable[PruningRule]
-) -> tuple[list[tuple[PruningRule, tuple[Group, ...]]], list[str]]:
-    """Each rule with the groups that it prunes, and notes; no group goes to two rules."""
-    chosen: list[tuple[PruningRule, tuple[Group, ...]]] = []
+) -> tuple[UnitRules, BlockRules, list[str]]:
+    """Each rule with the groups or the linears that it prunes, and notes; none goes to two rules,
+    and neither does a linear of a group."""
+    units: UnitRules = []
+    blocks: BlockRules = []
     notes: list[str] = []
     owner: dict[str, int] = {}
     for position, rule in enumerate(rules):
-        groups, more = targets(model, found, rule)
-        for group in groups:
-            if group.name in owner:
+        if rule.block is None:
+            groups, more = targets(model, found, rule)
+            wanted = [m.name for g in groups for m in (*g.consumers, *g.producers)]
+            units.append((rule, groups))
+        else:
+            linears, more = block_targets(model, rule)
+            wanted = [t.name for t in linears]
+            blocks.append((rule, linears))
+        for name in dict.fromkeys(wanted):
+            if owner.setdefault(name, position) != position:
                 raise ValueError(
-                    f"rules {owner[group.name]} and {position} both prune {group.name!r}: narrow "
-                    f"op_names or excluded_op_names"
+                    f"rules {owner[name]} and {position} both prune {name!r}: narrow op_names or "
+                    f"excluded_op_names"
                 )
-            owner[group.name] = position
-        chosen.append((rule, groups))
         notes += more
-    return chosen, notes
-
-
-def model_slim(
-    model: nn.Module,
-    dataloader: Iterable[Any] | None = None,
-    round_multiplier: int = 32,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> nn.Module:
-    """Remove for good what is masked, or zero, in a model.
-
-    A masked group loses exactly its masked units: they were rounded when they were selected. In
-    every other group the units whose columns in the second linear (or output projection) are all
-    zero go, dead channels of lowest index staying to reach a multiple of ``round_multiplier``.
-    The result equals the model as it was, to rounding, and is the same every time.
-
-    A model in which groups were found but nothing is masked or zero comes back unchanged, so that
-    a second call does no harm; a line in the log says so, as it does of zeros that rounding or a
-    refusal keeps. What was removed is in ``model.slim_plan``.
-
-    Args:
-        model: the model, changed in place. Of one in ``DistributedDataParallel``, the module inside
-            is slimmed and returned, and the wrapper raises from then on: wrap the module anew.
-        dataloader: its first batch serves as example inputs, where made-up ones do not do.
-        round_multiplier: for zeros that slimkern did not select.
-        optimizer: its parameters and their state are exchanged for the smaller ones, so that
-            training goes on with it.
-
-    Returns:
-        the model.
-
-    Raises:
-        ValueError: nothing was found that could ever be removed, the only zeros are where a
-            removal would not be exact, masks are there whose layers are not found, parameters are
-            sharded, or the optimizer is not the model's; nothing has been changed then.
-    """
-    given, wrapper, model = model, wrapper_of(model), unwrapped(model)
-    refuse_sharded(model, "model_slim")
-    found = _discover(model, dataloader)
-    if not found.groups:
-        raise ValueError(f"nothing can be removed from this {described(model)}\n{reasons(found)}")
-    masks = _masks(model, found)
-    masked = {e.group.name for e in masks}
-    zeros = plan_from_zeros(
-        model, [g for g in found.groups if g.name not in masked], round_multiplier
-    )
-    by_name = {e.group.name: e for e in (*masks, *zeros) if e.sparsity}
-    order = {g.name: i for i, g in enumerate(found.groups)}
-    entries = sorted(by_name.values(), key=lambda e: order.get(e.group.name, len(order)))
-    stuck = refused_zeros(model, found)
-    if stuck and not entries:
-        raise ValueError("the zeros of this model can't be removed exactly\n" + "\n".join(stuck))
-    for note in (*zeros.notes, *stuck):
-        logger.warning("model_slim: %s", note.strip())
-    if not entries:
-        logger.warning(
-            "model_slim: none of the %d groups has a masked or zero unit; the model is unchanged",
-            len(found.groups),
-        )
-        return given
-    before = sum(p.numel() for p in model.parameters())
-    slim_(model, SlimPlan(tuple(entries), zeros.notes), optimizer)
-    after = sum(p.numel() for p in model.parameters())
-    logger.info("model_slim: %d groups cut, %d -> %d parameters", len(entries), before, after)
-    if wrapper is not None:
-        retire_(wrapper)
-        return model
-    return given
-
-
-def _discover(model: nn.Module, dataloader: Iterable[Any] | None) -> Discovery:
-    """The groups of a model, dense or masked, at their full sizes."""
-    with unmasked(model, [e.group for e in carried_masks(model)]):
-        inputs = _example_inputs(model, dataloader)
-        with whole_shapes(model):
-            return discover(model, inputs)
-
-
-def _masks(model: nn.Module, found: Discovery) -> SlimPlan:
-    """All masks of a model; a mask that can't be told of which group it is raises."""
-    noted = carried_masks(model)
-    names = {e.group.name for e in noted}
-    read = masked_plan(model, [g for g in found.groups if g.name not in names])
-    plan = SlimPlan((*noted.entries, *read.entries))
-    loose = masked_beside(model, plan)
-    if loose:
-        raise ValueError(
-            f"{loose[0]!r} ({len(loose)} in all) is masked with layers that are not found in this "
-            f"{described(model)}: slim the model that was pruned\n{reasons(found)}"
-        )
-    return plan
-
-
-def _example_inputs(model: nn.Module, dataloader: Iterable[Any] | None) -> Any:
-    """The first batch, without keys that ``model.forward`` does not name."""
-    if dataloader is None:
-        return None
-    if isinstance(dataloader, (int, float)):
-        raise TypeError(
-            f"dataloader must be an iterable of batches, got {dataloader!r}; sparsities are "
-            f"keywords: ffn2_sparsity=, mha_sparsity="
-        )
-    batch = next(iter(dataloader), None)
-    if batch is None:
-        raise ValueError("dataloader holds no batch")
-    return without_extras(model, batch)
+    return units, blocks, notes

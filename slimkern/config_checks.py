@@ -22,12 +22,20 @@ def check_known(values: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(f"unknown key {key!r}{hint} Accepted: {', '.join(known)}")
 
 
-def one_of(*accepted: str) -> Callable[[str, Any], str]:
-    """A check for one of the ``accepted`` words."""
+def one_of(*accepted: str, reasons: Mapping[str, str] | None = None) -> Callable[[str, Any], str]:
+    """A check for one of the ``accepted`` words.
+
+    ``reasons`` tells why words with certain endings are not.
+    """
 
     def check(key: str, value: Any) -> str:
         if value not in accepted:
-            raise ValueError(f"{key}={value!r} is not accepted; accepted: {', '.join(accepted)}")
+            known = (reasons or {}).items()
+            why = [r for end, r in known if isinstance(value, str) and value.endswith(end)]
+            raise ValueError(
+                f"{key}={value!r} is not accepted; accepted: {', '.join(accepted)}"
+                + "".join(f" ({reason})" for reason in why)
+            )
         return value
 
     return check

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from torch import nn
 
 from slimkern.discovery.groups import Group
-from slimkern.nn import MaskedLinear
+from slimkern.nn import BlockMasked, MaskedLinear
 from slimkern.plan import PlanEntry, SlimPlan, compose, within
 
 
 def is_masked(model: nn.Module) -> bool:
     """Whether any module of the model is in the masked state."""
-    return any(isinstance(m, MaskedLinear) for m in model.modules())
+    return any(isinstance(m, (MaskedLinear, BlockMasked)) for m in model.modules())
 
 
 def masked_plan(model: nn.Module, groups: Iterable[Group]) -> SlimPlan:
@@ -94,3 +95,10 @@ def told_plan(model: nn.Module) -> SlimPlan:
                 plan = compose(plan, SlimPlan((entry,)))
         whole += plan.entries
     return SlimPlan(tuple(whole), tuple(notes))
+
+
+def owned_elements(model: nn.Module, group: Group) -> int:
+    """Weights and biases of a group that its units own."""
+    made = (model.get_submodule(m.name).parameters(recurse=False) for m in group.producers)
+    read = (model.get_parameter(f"{m.name}.weight") for m in group.consumers)
+    return sum(p.numel() for p in (*chain.from_iterable(made), *read))

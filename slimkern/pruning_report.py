@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -12,18 +13,25 @@ class Sparsity:
     Attributes:
         total: of the weights in all groups that are pruned.
         ffn, mha: of the channels and of the heads; ``None`` where none are pruned.
-        groups: of the units of each group.
+        groups: of the units of each group, and of the blocks of each linear that is pruned in
+            blocks.
+        blocks: of the weights of all linears that are pruned in blocks; ``None`` without any.
     """
 
     total: float
     ffn: float | None
     mha: float | None
     groups: dict[str, float]
+    blocks: float | None = None
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group's state: ``kept`` of ``num_units`` units, on the way to ``target``."""
+    """One group's state: ``kept`` of ``num_units`` units, on the way to ``target``.
+
+    Of a linear that is pruned in blocks: its pattern as ``kind``, and blocks for units (single
+    weights for ``N:M``).
+    """
 
     name: str
     kind: str
@@ -54,3 +62,8 @@ class PruningReport:
             f"{self.sparsity.total:.2%} of the weights in these groups removed"
         )
         return "\n".join(lines + [f"note: {n}" for n in self.notes])
+
+
+def removed_share(units: Sequence[tuple[int, int]]) -> float | None:
+    """The fraction removed of ``(kept, all)`` units of groups; ``None`` where there is no group."""
+    return 1 - sum(k for k, _ in units) / sum(n for _, n in units) if units else None

@@ -17,53 +17,27 @@ from slimkern.schedule import prune_steps, sparsity_at
 from slimkern.selection import select
 from slimkern.shards import check_shards, is_sharded
 
-_ALONE = Ranks()
+ALONE = Ranks()
 _MASKED = -1.0  # below every score: what is masked stays masked, also where live scores are zero
 
 
 @dataclass
-class Track:
-    """One rule at work on its groups: its prune steps, its scores, and what it had to leave."""
+class RuleTrack:
+    """When a rule cuts, what it reads, and how much is gone by then."""
 
     rule: PruningRule
-    groups: tuple[Group, ...]
     steps: range
-    keeper: ScoreKeeper
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
-    @classmethod
-    def start(cls, rule: PruningRule, groups: tuple[Group, ...]) -> Track:
-        """A rule before its first step.
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The linears whose weights are scored."""
+        raise NotImplementedError
 
-        Raises:
-            ValueError: there is no schedule, or it prunes before there are gradients.
-        """
-        if rule.end_step is None:
-            raise ValueError(
-                "when to prune is not known: give end_step (the optimizer step at which the "
-                "target is reached) or total_steps (the length of the training)"
-            )
-        steps = prune_steps(rule.start_step, rule.end_step, rule.pruning_frequency)
-        if steps[0] == 0 and rule.needs_gradients:
-            raise ValueError(
-                f"start_step=0 and end_step=0 prune before the first optimizer step, but "
-                f"pruning_type={rule.pruning_type!r} reads gradients: give an end_step of at "
-                f"least 1, or total_steps, or pruning_type='magnitude' (or 'obs')"
-            )
-        keeper = ScoreKeeper(
-            groups, rule.pruning_type, rule.criterion_reduce_type, rule.low_memory_usage
-        )
-        track = cls(rule, groups, steps, keeper)
-        if rule.pruning_scope == "local":  # the widths do not depend on scores: known ahead
-            flat = {g.name: torch.zeros(g.num_units) for g in groups}
-            track.notes = track._select(flat, rule.target_sparsity)[1]
-        return track
-
-    def observes(self, step: int) -> bool:
-        """Whether the gradients of the optimizer step after ``step`` completed ones count."""
-        if not self.rule.needs_gradients or step >= self.steps[-1]:
-            return False
-        return self.rule.pruning_type == "snip_momentum" or step + 1 in self.steps
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """The rule and what it prunes, which are the same on every rank."""
+        raise NotImplementedError
 
     def check(self, weights: Mapping[str, Tensor], optimizer: Any) -> None:
         """Refuse weights that this rule can't be followed on, and a run without an optimizer.
@@ -78,14 +52,93 @@ class Track:
                 f"step {self.steps[-1]}, and steps are the optimizer's (without one, only "
                 f"pruning_type='magnitude' or 'obs' with start_step=0 and end_step=0)"
             )
-        names = [m.name for g in self.groups for m in scored_members(g)]
-        frozen = [n for n in names if not weights[n].requires_grad]
+        frozen = [n for n in self.names if not weights[n].requires_grad]
         if self.rule.needs_gradients and frozen:
             raise ValueError(
                 f"pruning_type={self.rule.pruning_type!r} reads gradients, but these weights "
                 f"are frozen: {', '.join(frozen)}; use 'magnitude' or unfreeze them"
             )
-        sharded = [n for n in names if is_sharded(weights[n])]
+
+    def observes(self, step: int) -> bool:
+        """Whether the gradients of the optimizer step after ``step`` completed ones count."""
+        if not self.rule.needs_gradients or step >= self.steps[-1]:
+            return False
+        return self.rule.pruning_type == "snip_momentum" or step + 1 in self.steps
+
+    def sparsity(self, step: int) -> float:
+        """The fraction that is to be removed after ``step`` completed steps."""
+        rule = self.rule
+        return sparsity_at(step, self.steps, rule.target_sparsity, rule.sparsity_decay_type)
+
+    def floor(self, sparsity: float) -> float:
+        """What each layer loses at least when all together lose ``sparsity``.
+
+        It grows with the sparsity: it is a part of the target, not a first cut.
+        """
+        rule = self.rule
+        share = sparsity / rule.target_sparsity if rule.target_sparsity else 1.0
+        return rule.min_sparsity_ratio_per_op * share
+
+
+def checked_steps(rule: PruningRule) -> range:
+    """The prune steps of a rule.
+
+    Raises:
+        ValueError: there is no schedule, or it prunes before there are gradients.
+    """
+    if rule.end_step is None:
+        raise ValueError(
+            "when to prune is not known: give end_step (the optimizer step at which the "
+            "target is reached) or total_steps (the length of the training)"
+        )
+    steps = prune_steps(rule.start_step, rule.end_step, rule.pruning_frequency)
+    if steps[0] == 0 and rule.needs_gradients:
+        raise ValueError(
+            f"start_step=0 and end_step=0 prune before the first optimizer step, but "
+            f"pruning_type={rule.pruning_type!r} reads gradients: give an end_step of at "
+            f"least 1, or total_steps, or pruning_type='magnitude' (or 'obs')"
+        )
+    return steps
+
+
+@dataclass
+class Track(RuleTrack):
+    """One rule at work on its groups: its prune steps, its scores, and what it had to leave."""
+
+    groups: tuple[Group, ...]
+    keeper: ScoreKeeper
+
+    @classmethod
+    def start(cls, rule: PruningRule, groups: tuple[Group, ...]) -> Track:
+        """A rule before its first step.
+
+        Raises:
+            ValueError: there is no schedule, or it prunes before there are gradients.
+        """
+        steps = checked_steps(rule)
+        keeper = ScoreKeeper(
+            groups, rule.pruning_type, rule.criterion_reduce_type, rule.low_memory_usage
+        )
+        track = cls(rule, steps, groups, keeper)
+        if rule.pruning_scope == "local":  # the widths do not depend on scores: known ahead
+            flat = {g.name: torch.zeros(g.num_units) for g in groups}
+            track.notes = track._select(flat, rule.target_sparsity)[1]
+        return track
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The linears whose weights are scored."""
+        return tuple(m.name for g in self.groups for m in scored_members(g))
+
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """The rule and what it prunes, which are the same on every rank."""
+        return self.rule, self.groups
+
+    def check(self, weights: Mapping[str, Tensor], optimizer: Any) -> None:
+        """As :meth:`RuleTrack.check`; of sharded weights also that their scores can be had."""
+        super().check(weights, optimizer)
+        sharded = [n for n in self.names if is_sharded(weights[n])]
         check_shards({n: weights[n] for n in sharded})
         if sharded and self.rule.criterion_reduce_type == "max":
             raise ValueError(
@@ -98,7 +151,7 @@ class Track:
         step: int,
         weights: Mapping[str, Tensor],
         keep: Mapping[str, tuple[int, ...]],
-        ranks: Ranks = _ALONE,
+        ranks: Ranks = ALONE,
     ) -> dict[str, tuple[int, ...]]:
         """The units that stay after ``step`` completed steps; what is masked stays masked.
 
@@ -116,11 +169,6 @@ class Track:
         with ranks.together(f"scoring units at step {step}"):
             scores = self.keeper.scores(weights)
         return self.highest(step, ranks.mean(scores), keep)
-
-    def sparsity(self, step: int) -> float:
-        """The fraction that is to be removed after ``step`` completed steps."""
-        rule = self.rule
-        return sparsity_at(step, self.steps, rule.target_sparsity, rule.sparsity_decay_type)
 
     def highest(
         self, step: int, scores: Mapping[str, Tensor], keep: Mapping[str, tuple[int, ...]]
@@ -162,13 +210,11 @@ class Track:
         self, scores: Mapping[str, Tensor], sparsity: float
     ) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
         rule = self.rule
-        # The floor of a layer grows with the sparsity: it is a part of the target, not a first cut.
-        share = sparsity / rule.target_sparsity if rule.target_sparsity else 1.0
         return select(
             scores,
             sparsity,
             scope=rule.pruning_scope,
             multiple_of=rule.round_multiplier if rule.pattern == "channelx1" else 1,
-            min_sparsity=rule.min_sparsity_ratio_per_op * share,
+            min_sparsity=self.floor(sparsity),
             max_sparsity=rule.max_sparsity_ratio_per_op,
         )

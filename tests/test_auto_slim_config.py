@@ -119,12 +119,6 @@ def test_a_config_is_a_list_a_dictionary_or_an_object(wrap):
     assert [g.kind for g in pruning.report().groups] == ["mha"] * LAYERS
 
 
-@pytest.mark.parametrize("pattern", ["4x1", "1x1", "2:4", "channelx2", "1xchannel"])
-def test_a_pattern_of_no_whole_units_is_refused_by_name(pattern):
-    with pytest.raises(NotImplementedError, match=f"pattern='{pattern}' is not supported yet"):
-        prepared(FAMILIES["bert"](), WeightPruningConfig(pattern=pattern, end_step=5))
-
-
 @pytest.mark.parametrize(
     ("config", "arguments", "words"),
     [

@@ -32,6 +32,7 @@ def test_defaults():
         "max_sparsity_ratio_per_op": 0.98, "sparsity_decay_type": "exp",
         "criterion_reduce_type": "mean", "pruning_op_types": ("Conv", "Linear"),
         "low_memory_usage": False, "round_multiplier": 32, "total_steps": None,
+        "regrow": False,
     }  # fmt: skip
 
 

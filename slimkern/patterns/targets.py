@@ -11,6 +11,7 @@ from slimkern.config import PruningRule
 from slimkern.nn import BlockMasked, BlockMaskedLinear, FusedModule, MaskedLinear
 from slimkern.patterns.pattern import BlockPattern
 from slimkern.patterns.scores import BlockTarget
+from slimkern.shards import is_sharded
 from slimkern.targets import described, hits
 
 _SHOWN = 12  # refusals in an error message
@@ -147,7 +148,7 @@ def _unfit(
     tied = [n for n in holders[id(module._parameters["weight"])] if n != f"{name}.weight"]
     if tied:
         return f"its weight is tied to {tied[0]!r}, which would be masked with it"
-    if type(module._parameters["weight"]).__name__ == "DTensor":
+    if is_sharded(module._parameters["weight"]):
         return "its weight is sharded over ranks, and a block mask needs it whole (use DDP)"
     target = _target(module, name, pattern)
     if min(target.shape) == 0:

@@ -161,9 +161,14 @@ class SlimCallback(TrainerCallback):
 
 
 def sparsities(pruning: Pruning) -> dict[str, float]:
-    """``ffn_sparsity`` and ``mha_sparsity``: the fractions removed, of what is pruned at all."""
+    """``ffn_sparsity``, ``mha_sparsity`` and ``block_sparsity``: the fractions removed of channels,
+    of heads, and of the weights in blocks, of what is pruned at all."""
     reached = pruning.sparsity()
-    named = {"ffn_sparsity": reached.ffn, "mha_sparsity": reached.mha}
+    named = {
+        "ffn_sparsity": reached.ffn,
+        "mha_sparsity": reached.mha,
+        "block_sparsity": reached.blocks,
+    }
     return {name: value for name, value in named.items() if value is not None}
 
 
