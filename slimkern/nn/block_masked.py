@@ -108,8 +108,18 @@ class BlockMasked(nn.Module):
 
     @torch.no_grad()
     def zero_masked(self) -> None:
-        """Set masked weights to zero, as optimizers with momentum or noise may have moved them."""
+        """Set masked weights to zero, whatever they were."""
         self._fill(self.oriented)
+
+    @torch.no_grad()
+    def zero_moved(self) -> None:
+        """Set masked weights back to zero that an optimizer with momentum or noise has moved.
+
+        A product, several times faster than filling; unlike that it leaves a NaN where it is.
+        """
+        kept = self.mask.blocks()
+        for view, (rows, cols) in block_views(self.oriented, self.block):
+            view.mul_(kept[rows, None, cols, None])
 
     @torch.no_grad()
     def mask_gradient(self) -> None:

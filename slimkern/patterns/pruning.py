@@ -103,7 +103,7 @@ class BlockPruning:
     def clean(self) -> None:
         """After an optimizer step: masked weights are zero again."""
         for module in self._modules():
-            module.zero_masked()
+            module.zero_moved()
 
     def choose(self, step: int, weights: Mapping[str, Tensor], ranks: Ranks = ALONE) -> Kept:
         """The blocks that stay of the layers whose rules have ``step`` among their prune steps."""
