@@ -17,6 +17,7 @@ from slimkern.config_checks import check_known, fraction
 from slimkern.discovery.groups import Discovery, Group
 from slimkern.obs_step import first_batches
 from slimkern.parallel import ranks_of, unwrapped, wrapper_of
+from slimkern.patterns.masks import block_masked
 from slimkern.patterns.scores import BlockTarget
 from slimkern.patterns.targets import block_targets
 from slimkern.pruning import Pruning
@@ -174,11 +175,18 @@ def _chosen(
     blocks: BlockRules = []
     notes: list[str] = []
     owner: dict[str, int] = {}
+    carried = block_masked(model)
     for position, rule in enumerate(rules):
         if rule.block is None:
             groups, more = targets(model, found, rule)
             wanted = [m.name for g in groups for m in (*g.consumers, *g.producers)]
             units.append((rule, groups))
+            both = [name for name in wanted if name in carried]
+            if both:
+                raise ValueError(
+                    f"pattern {rule.pattern!r}: {both[0]!r} carries block masks already, which "
+                    f"can't be masked by units too; slim the model first (model_slim)"
+                )
         else:
             linears, more = block_targets(model, rule)
             wanted = [t.name for t in linears]

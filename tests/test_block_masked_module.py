@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from slimkern.nn import BlockMasked, BlockMaskedLinear
 from slimkern.nn.block_views import block_grid, block_views
@@ -179,6 +180,18 @@ def test_autocast_computes_as_of_a_plain_linear():
     size = nn.functional.linear(x.double().abs(), plain.weight.double().abs()) + 1
     eps = torch.finfo(torch.bfloat16).eps
     assert ((y.double() - exact).abs() <= 2 * eps * size).all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_it_is_recomputed_under_checkpointing(reentrant):
+    masked = masked_of(made((17, 63)), blocks_of((17, 63), (4, 5)), (4, 5))
+    x = torch.randn(4, 63, dtype=torch.float64, requires_grad=True)
+    masked(x).square().sum().backward()
+    wanted = masked.weight.grad, x.grad
+    masked.weight.grad = x.grad = None
+    checkpoint(masked, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(masked.weight.grad, wanted[0])
+    assert torch.equal(x.grad, wanted[1])
 
 
 def test_it_compiles_in_one_graph():

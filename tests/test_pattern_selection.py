@@ -52,6 +52,7 @@ def test_counts_are_exact(text, sparsity, items, gone):
     assert block_pattern(text).items(sparsity, items) == gone
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 4).map(float), min_size=1, max_size=40),
     st.data(),

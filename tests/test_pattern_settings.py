@@ -242,6 +242,19 @@ def test_ties_are_cut_to_exactly_k_in_order(pattern):
     assert not first[: len(first) // 2, :zeros].any(), "the first layers and rows go first"
 
 
+def test_the_default_config_says_what_it_lacks_and_runs_with_it():
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"end_step .* or total_steps"):
+        slimkern.prepare_pruning(model, WeightPruningConfig(), optimizer)
+    run = slimkern.prepare_pruning(model, WeightPruningConfig(total_steps=13), optimizer)
+    train(model, optimizer, 13)
+    rows = run.report().groups
+    assert {r.kind for r in rows} == {"4x1"}
+    total = sum(r.num_units for r in rows)
+    assert total - sum(r.kept for r in rows) == int(0.9 * total + 1e-9)
+
+
 @pytest.mark.parametrize("criterion", ["snip", "snip_momentum"])
 def test_a_frequency_longer_than_the_run_prunes_the_target_and_no_more(criterion):
     model = Net()
@@ -328,6 +341,9 @@ def test_discovery_and_the_other_calls_take_a_block_masked_model():
     run = slimkern.prepare_pruning(model, configs)
     assert run.sparsity().ffn is not None
     assert all(torch.equal(m.mask.blocks(), masks[n]) for n, m in block_masked(model).items())
+    heads = {"pattern": "mha", "pruning_type": "magnitude", "end_step": 0}
+    with pytest.raises(ValueError, match=r"'mha': '.*dense' carries block masks already"):
+        slimkern.prepare_pruning(model, heads)
 
 
 def test_the_report_prints_blocks_beside_their_pattern():
