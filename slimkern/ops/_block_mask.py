@@ -88,7 +88,8 @@ class BlockMask:
         bytes_ = torch.arange(256, dtype=torch.uint8, device=device)
         table = (bytes_.unsqueeze(1) >> _places(device) & 1).view(torch.int64).flatten()
         eights = table.index_select(0, self.bits.flatten().int())
-        return eights.view(torch.bool).view(rows, self.bits.shape[1] * 8)[:, :columns]
+        every = eights.view(torch.bool).view(rows, self.bits.shape[1] * 8)
+        return every[:, :columns].contiguous()
 
     def dense(self) -> Tensor:
         """Which elements of the weight are kept: bool [N, K]."""

@@ -91,16 +91,24 @@ def _global(
     scores: Mapping[str, Tensor], floor: Mapping[str, int], cap: Mapping[str, int], total: int
 ) -> dict[str, Tensor]:
     """The ``total`` lowest of all layers, of each at least ``floor`` and at most ``cap``."""
+    free = _lowest_of_all(scores, min(total, sum(map(len, scores.values()))))
+    if all(floor[n] <= int(own.sum()) <= cap[n] for n, own in free.items()):
+        return free  # no limit is reached: what follows would find the same, slower
     gone = {n: lowest(s, floor[n]) for n, s in scores.items()}
     open_to = {n: lowest(s, cap[n]) & ~gone[n] for n, s in scores.items()}
-    device = next(iter(scores.values())).device
-    candidates = torch.cat([s[open_to[n]].to(device) for n, s in scores.items()])
-    more = min(len(candidates), max(0, total - sum(floor.values())))
-    picked = lowest(candidates, more)
-    sizes = [int(o.sum()) for o in open_to.values()]
-    for name, part in zip(scores, picked.split(sizes)):
-        gone[name][open_to[name]] = part.to(gone[name].device)
+    candidates = {n: s[open_to[n]] for n, s in scores.items()}
+    more = min(sum(map(len, candidates.values())), max(0, total - sum(floor.values())))
+    for name, picked in _lowest_of_all(candidates, more).items():
+        gone[name][open_to[name]] = picked
     return gone
+
+
+def _lowest_of_all(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """As :func:`lowest`, over all layers in their order."""
+    device = next(iter(scores.values())).device
+    picked = lowest(torch.cat([s.to(device) for s in scores.values()]), count)
+    parts = picked.split([len(s) for s in scores.values()])
+    return {n: part.to(s.device) for (n, s), part in zip(scores.items(), parts)}
 
 
 def group_scores(elements: Tensor, pattern: BlockPattern, reduce_type: str) -> Tensor:
