@@ -66,11 +66,12 @@ def model_slim(
     given, wrapper, model = model, wrapper_of(model), unwrapped(model)
     refuse_sharded(model, "model_slim")
     with released(model, for_good=True) as blocks:
-        changed = _slim(model, dataloader, round_multiplier, optimizer, blocks)
-    if wrapper is not None and changed:
+        smaller = _slim(model, dataloader, round_multiplier, optimizer, blocks)
+    if wrapper is None or not (smaller or blocks):
+        return given
+    if smaller:  # block masks leave the weights where they are, and a wrapper that holds them
         retire_(wrapper)
-        return model
-    return given
+    return model
 
 
 def _slim(

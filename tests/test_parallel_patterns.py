@@ -39,7 +39,13 @@ def trained(model, inner, rule, rank=0, size=1):
 def of_rank(rule):
     model = net()
     wrapper = DistributedDataParallel(model)
-    return trained(wrapper, model, rule, dist.get_rank(), dist.get_world_size())
+    found = trained(wrapper, model, rule, dist.get_rank(), dist.get_world_size())
+    x = batch(0).double()
+    wanted = wrapper(x)
+    assert slimkern.model_slim(wrapper, [x], round_multiplier=99) is model  # no channel goes
+    assert not block_masked(model)
+    torch.testing.assert_close(wrapper(x), wanted)  # its weights are where they were
+    return found
 
 
 @pytest.mark.parametrize("more", [{}, REGROW, {"pattern": "2:4", "pruning_type": "snip"}])
