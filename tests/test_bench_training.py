@@ -65,8 +65,8 @@ def test_a_wrong_mask_is_found(provider: training.TrainingProvider, group: int) 
 
 
 def test_a_wrong_gradient_of_a_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = api._dw
-    monkeypatch.setattr(api, "_dw", lambda *arguments: 1.001 * right(*arguments))
+    right = api.linear_dw
+    monkeypatch.setattr(api, "linear_dw", lambda *arguments: 1.001 * right(*arguments))
     work = tiny(0.5)
     outputs = training.SlimkernMasked().prepare(work, Setting("fp32"))()
     assert check.error(outputs, check.reference(work)) > 10 * bound(work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -101,7 +101,9 @@ def complete(
         everything["before healing"] = slimkern.load(main.unhealed)
     slim = models["slim"]
     fused, refused = fused_models(slim)
-    scores = _scores(run, everything | fused)
+    scores = _scores(run, everything | fused, optional=fused)
+    left_out = [name for name in fused if name not in scores]
+    fused = {name: model for name, model in fused.items() if name in scores}
     wanted = _measure.shapes(run.max_length, run.latency_shape)
     with run.display.stage("time dense against slim and fused") as bar:
         latency = _measure.latency(dense, slim, wanted, checked, bar, fused)
@@ -127,7 +129,8 @@ def complete(
         results["one_shot"] = _one_shot(run, main, results, scores.get("before healing", []))
     if run.settings.family:
         results["family"] = _family(run, everything, scores)
-    cut_notes = main.told()["notes"] if asked is not None else []
+    cut_notes = list(main.told()["notes"]) if asked is not None else []
+    cut_notes += [f"{n} is not shown: it gives one value for all rows" for n in left_out]
     _close(run, results, [*described.get("notes", ()), *cut_notes, checked])
     return results
 
@@ -146,12 +149,19 @@ def _close(run: Run, results: Results, notes: list[str]) -> None:
             shutil.rmtree(variant.unhealed, ignore_errors=True)
 
 
-def _scores(run: Run, models: dict[str, nn.Module]) -> dict[str, list[Score]]:
-    """Every model against the dense one, on every split but the training rows."""
-    found: dict[str, list[Score]] = {name: [] for name in models}
-    for split, made in run.predictions(models).items():
+def _scores(
+    run: Run, models: dict[str, nn.Module], optional: Iterable[str] = ()
+) -> dict[str, list[Score]]:
+    """Every model against the dense one, on every split but the training rows.
+
+    Left out are ``optional`` ones that give one value for all rows of a split: bfloat16 outputs may.
+    """
+    predictions = run.predictions(models)
+    one_value = {n for n in optional for m in predictions.values() if m[n].min() == m[n].max()}
+    found: dict[str, list[Score]] = {name: [] for name in models if name not in one_value}
+    for split, made in predictions.items():
         gold = run.task.gold(run.rows[split])
-        for name in models:
+        for name in found:
             found[name] += compare(split, gold, made["dense"], made[name], run.task.statistics)
     return found
 
