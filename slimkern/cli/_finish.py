@@ -154,7 +154,7 @@ def _scores(
 ) -> dict[str, list[Score]]:
     """Every model against the dense one, on every split but the training rows.
 
-    Left out are ``optional`` ones that give one value for all rows of a split: bfloat16 outputs may.
+    Left out are ``optional`` ones with one value for all rows of a split: bfloat16 may give that.
     """
     predictions = run.predictions(models)
     one_value = {n for n in optional for m in predictions.values() if m[n].min() == m[n].max()}
