@@ -18,7 +18,7 @@ from slimkern.selection import select
 from slimkern.shards import check_shards, is_sharded
 
 ALONE = Ranks()
-_MASKED = -1.0  # below every score: what is masked stays masked, also where live scores are zero
+MASKED = -1.0  # below every score: what is masked stays masked, also where live scores are zero
 
 
 @dataclass
@@ -177,7 +177,7 @@ class Track(RuleTrack):
         for name, score in scores.items():
             masked = torch.ones_like(score, dtype=torch.bool)
             masked[list(keep[name])] = False
-            score[masked] = _MASKED
+            score[masked] = MASKED
         chosen, notes = self._select(scores, self.sparsity(step))
         if step == self.steps[-1]:
             self.notes = notes

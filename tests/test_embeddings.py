@@ -8,7 +8,7 @@ import json
 import pytest
 import tiny_models
 import torch
-from fuse_cases import FAMILIES, inputs, layer_of, tiny
+from fuse_cases import FAMILIES, assert_as_exact, inputs, layer_of, tiny
 
 import slimkern
 from slimkern.accuracy import relative_error
@@ -113,6 +113,7 @@ def test_rows_of_a_larger_table_and_any_number_of_threads():
         ({"types": torch.zeros(3, 8)}, ValueError, "types has shape"),
         ({"positions": torch.zeros(140, 39).double()}, TypeError, "positions has dtype"),
         ({"words": torch.zeros(39, 50).T}, ValueError, "words has shape"),
+        ({"types": torch.zeros(3, 39, device="meta")}, ValueError, "on several devices"),
         ({"norm": NormWeights(torch.ones(39))}, ValueError, "norm is no LayerNorm"),
         ({"norm": NormWeights(torch.ones(8), torch.ones(8))}, ValueError, "norm.weight has"),
     ],
@@ -169,15 +170,13 @@ def test_embeddings_of_every_family(family, dtype):
 @torch.no_grad()
 def test_the_mask_of_tokens_goes_straight_to_fused_layers(family):
     plain, fused = plain_and_fused(family)
-    for given in (inputs(), inputs(padded=False), {"input_ids": inputs()["input_ids"]}):
-        kept = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
-        want, found = plain(**given)[0][kept], fused(**given)[0][kept]
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    for given in (inputs(), inputs(padded=False)):
+        assert_as_exact(fused, plain, given, "fp32")
+    ids = inputs()["input_ids"]
+    everything = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(fused(ids)[0], fused(**everything)[0])
     slimkern.unfuse_(layer_of(fused))  # a plain layer needs the mask of four dimensions
-    given = inputs()
-    kept = given["attention_mask"].bool()
-    found = fused(**given)[0][kept]
-    torch.testing.assert_close(found, plain(**given)[0][kept], rtol=1e-4, atol=1e-5)
+    assert_as_exact(fused, plain, inputs(), "fp32")
 
 
 def test_the_name_of_the_class_in_a_configuration_is_the_plain_one(tmp_path):

@@ -53,31 +53,24 @@ class BertEmbeddings(_Embeddings):
             return super().forward(
                 input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
             )
+        if position_ids is None:
+            position_ids = self._places(input_ids)
         return self._embed(input_ids, position_ids, self.token_type_embeddings, token_type_ids)
 
+    def _places(self, ids: Tensor) -> Tensor | None:
+        """The position of every token; None: token t has position t."""
+        return None
 
-class RobertaEmbeddings(_Embeddings):
+
+class RobertaEmbeddings(BertEmbeddings):
     """RoBERTa, XLM-R: padding has a position of its own."""
 
     call = "roberta_embeddings"
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
-    ) -> Any:
-        """[B, T] -> [B, T, hidden]."""
+    def _places(self, ids: Tensor) -> Tensor | None:
         own: Any = self
-        if input_ids is None or inputs_embeds is not None or past_key_values_length:
-            return super().forward(
-                input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
-            )
-        if position_ids is None:
-            position_ids = own.create_position_ids_from_input_ids(input_ids, own.padding_idx)
-        return self._embed(input_ids, position_ids, own.token_type_embeddings, token_type_ids)
+        made: Tensor = own.create_position_ids_from_input_ids(ids, own.padding_idx)
+        return made
 
 
 class MPNetEmbeddings(_Embeddings):

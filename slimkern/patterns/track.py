@@ -15,9 +15,7 @@ from slimkern.patterns.pattern import BlockPattern
 from slimkern.patterns.scores import BlockScores, BlockTarget
 from slimkern.patterns.selection import group_elements, group_scores, select_items
 from slimkern.shards import is_sharded
-from slimkern.track import ALONE, RuleTrack, checked_steps
-
-_MASKED = -1.0  # below every score: what is masked stays masked, also where live scores are zero
+from slimkern.track import ALONE, MASKED, RuleTrack, checked_steps
 
 
 @dataclass
@@ -99,7 +97,7 @@ class BlockTrack(RuleTrack):
         scores = ranks.mean(scores)
         if not self.rule.regrow:
             for name, score in scores.items():
-                score[~kept[name]] = _MASKED
+                score[~kept[name]] = MASKED
         gone, notes = select_items(
             {n: self._items(s) for n, s in scores.items()},
             self.pattern,

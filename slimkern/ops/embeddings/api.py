@@ -95,8 +95,9 @@ def embeddings(
                 f"{label} has shape {tuple(vector.shape)}; accepted: [{words.shape[1]}]"
             )
     _check_ids(ids, type_ids, position_ids)
-    if any(not t.is_cpu for t in (ids, type_ids, position_ids, positions, gamma) if t is not None):
-        raise ValueError("the tensors are on several devices; accepted: cpu for all of them")
+    given = (ids, words, types, type_ids, positions, position_ids, gamma, beta)
+    if any(t is not None and t.device != words.device for t in given):
+        raise ValueError("the tensors are on several devices; accepted: one for all of them")
     return _op(ids, words, types, type_ids, positions, position_ids, gamma, beta, norm.eps, name)
 
 
