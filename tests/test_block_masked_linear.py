@@ -10,11 +10,11 @@ from op_cases import assert_within_eager_error, run
 from op_cases import eager as linear
 
 from slimkern.ops import BlockMask, block_masked_linear
-from slimkern.ops.block_masked_linear import reference
+from slimkern.ops.block_masked_linear import cpu, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 DTYPE_IDS = ["fp32", "bf16", "fp64"]
-MODULES = {"reference": reference}
+MODULES = {"reference": reference, "cpu": cpu}
 SMALL = MaskCase(17, 63, 130, (4, 1), 0.5)
 
 

@@ -109,6 +109,10 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
     ("ops/_linear.py", {"torch"}),
+    (
+        "ops/_plain.py",
+        {"torch", *(f"slimkern.ops.{m}" for m in ("_block_mask", "_math", "_native"))},
+    ),
     ("ops/_math.py", {"torch", "slimkern.ops._native"}),
     ("ops/_fused.py", {"torch", "slimkern.ops._native"}),
     (
@@ -130,7 +134,10 @@ ROOMS: list[tuple[str, set[str]]] = [
     ),
     ("ops/block_masked_linear/reference.py", {"torch", "slimkern.ops._block_mask"}),
     ("ops/*/reference.py", {"torch", "slimkern.ops._weights"}),
-    ("ops/*/cpu.py", {"torch", "slimkern.ops._native", "slimkern.ops._fused"}),
+    (
+        "ops/*/cpu.py",
+        {"torch", *(f"slimkern.ops.{m}" for m in ("_block_mask", "_fused", "_native", "_plain"))},
+    ),
     ("ops/*/triton.py", {"torch", "triton", "slimkern.ops._tile"}),
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),

@@ -13,7 +13,8 @@ namespace {
 template <class Simd>
 constexpr RowKernel row_kernel() {
   return {activate<Simd>,      gate<Simd>,       add_norm<Simd>,
-          softmax_block<Simd>, scale_rows<Simd>, convert<Simd>};
+          softmax_block<Simd>, scale_rows<Simd>, convert<Simd>,
+          keep<Simd>};
 }
 
 }  // namespace

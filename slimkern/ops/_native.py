@@ -61,6 +61,10 @@ layer_scratch: Callable[..., int] = _C.layer_scratch
 layer: Callable[..., None] = _C.layer
 embeddings_scratch: Callable[..., int] = _C.embeddings_scratch
 embeddings: Callable[..., None] = _C.embeddings
+plain_linear_scratch: Callable[..., int] = _C.plain_linear_scratch
+plain_linear: Callable[..., None] = _C.plain_linear
+plain_gradient_scratch: Callable[..., int] = _C.plain_gradient_scratch
+plain_gradient: Callable[..., None] = _C.plain_gradient
 
 _forked = False
 
