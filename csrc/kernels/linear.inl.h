@@ -225,7 +225,9 @@ void linear_multiply_steps(const void* operand, int64_t operand_stride, int64_t 
   const char* ahead = reinterpret_cast<const char*>(weight + pitch * words_of(K, Words::kPerWord));
   const LinearTile t{static_cast<const float*>(operand), stride, count, weight, steps, bias, 0, out,
                      out_stride, ahead, pitch * 4};
-  run_panel<typename Words::Products>(panel_vectors<Words>(columns), columns, rows, t);
+  if (rows > 0) {
+    run_panel<typename Words::Products>(panel_vectors<Words>(columns), columns, rows, t);
+  }
 }
 
 template <class Words>
