@@ -158,6 +158,39 @@ def check_embeddings(module: nn.Module, call: str) -> None:
         )
 
 
+@torch.no_grad()
+def identified(module: nn.Module, proposals: Sequence[Block]) -> Block:
+    """The first proposal that computes what ``module`` does, in evaluation and in training.
+
+    What a module drops is left out of the comparison, as far as dropouts are modules.
+
+    Args:
+        module: floating, on any device but meta; is not changed.
+        proposals: descriptions of the module; their activation is found out.
+
+    Raises:
+        MismatchError: none does; says why.
+    """
+    parts = [module.get_submodule(n) for n in (*proposals[0].linears(), *proposals[0].norms())]
+    held = [p for part in parts for p in part.parameters(recurse=False)]
+    if any(p.is_meta or not p.is_floating_point() for p in held):
+        raise MismatchError("its weights have no floating values to compare")
+    try:
+        exact = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    except Exception as error:
+        raise MismatchError(f"it can't be copied to be compared: {_short(error)}") from error
+    block = _identified(exact, proposals)
+    for part in exact.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+    samples = list(_samples(block, *_sizes(exact, block), torch.float64))
+    with torch.random.fork_rng(devices=[]):
+        wanted = [s.output(exact.train(), block.call) for s in samples]
+    if not _same(exact, block, samples, wanted):
+        raise MismatchError("in training it computes something else than in evaluation")
+    return block
+
+
 def _check_weights(module: nn.Module, block: Block) -> torch.dtype:
     """The dtype of the weights, all on the CPU."""
     parts = [module.get_submodule(n) for n in (*block.linears(), *block.norms())]

@@ -29,6 +29,7 @@ LIBRARY = {
     *REPORTS,
     "slimkern.criteria",
     "slimkern.masks",
+    "slimkern.mask_blocks",
     "slimkern.cuts",
     "slimkern.surgery",
     "slimkern.fuse",
@@ -120,6 +121,14 @@ ROOMS: list[tuple[str, set[str]]] = [
         {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
     ),
     (
+        "ops/masked_ffn/reference.py",
+        {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
+    ),
+    (
+        "ops/masked_attention/reference.py",
+        {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
+    ),
+    (
         "ops/encoder_layer/reference.py",
         {
             "torch",
@@ -135,6 +144,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),
     ("nn/packs.py", {"torch", "slimkern.ops", *BLOCKS}),
+    ("nn/masked_block.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),
     ("nn/", {"torch", "slimkern.ops", "slimkern.nn"}),
     ("cpu.py", {"torch", "slimkern.ops._native"}),
     ("discovery/", {"torch", "slimkern.discovery"}),
@@ -160,12 +170,23 @@ ROOMS: list[tuple[str, set[str]]] = [
         {
             "torch",
             "slimkern.cuts",
+            "slimkern.mask_blocks",
             "slimkern.masks",
             "slimkern.plan",
             "slimkern.nn",
             "slimkern.optimizer_state",
             "slimkern.shards",
             *DATA,
+        },
+    ),
+    (
+        "mask_blocks.py",
+        {
+            "torch",
+            "slimkern.discovery",
+            "slimkern.fuse_check",
+            "slimkern.nn",
+            "slimkern.plan",
         },
     ),
     ("fuse_check.py", {"torch", "slimkern.accuracy", "slimkern.ops", "slimkern.nn", *BLOCKS}),
