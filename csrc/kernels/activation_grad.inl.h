@@ -28,7 +28,10 @@ inline Slope<Simd> logistic_slope(typename Simd::Vec x, typename Simd::Vec v,
   const Vec s = Simd::div(Simd::set(1.0f), Simd::add(Simd::set(1.0f), e));
   const Vec rest = Simd::mul(e, s);
   const Vec inner = Simd::mul(Simd::mul(x, slope), rest);
-  return {Simd::mul(x, s), Simd::fmadd(inner, s, s)};
+  // Beyond the highest exponential s is zero, however large x is.
+  const auto none = Simd::less(v, Simd::set(-kHighest));
+  return {Simd::select(none, Simd::zero(), Simd::mul(x, s)),
+          Simd::select(none, Simd::zero(), Simd::fmadd(inner, s, s))};
 }
 
 // Of x P(z <= x): P + x p(x), p the density of the standard normal distribution.

@@ -25,7 +25,11 @@ def add_norm_fwd(
     mean = s.mean(1, keepdim=True)
     scale = torch.rsqrt((s - mean).square().mean(1, keepdim=True) + eps)
     y = (s - mean) * scale * gamma.to(wide) + beta.to(wide)
-    return y.to(residual.dtype), s, torch.cat([mean, scale, torch.zeros_like(mean)], 1)
+    return (
+        y.to(residual.dtype).contiguous(),
+        s.contiguous(),
+        torch.cat([mean, scale, torch.zeros_like(mean)], 1),
+    )
 
 
 def add_norm_grad(
@@ -42,5 +46,4 @@ def add_norm_grad(
     ds = scale * (g - g.mean(1, keepdim=True) - z * (g * z).mean(1, keepdim=True))
     sums = torch.stack([(wide * z).sum(0), wide.sum(0), ds.sum(0)])
     low = ds.to(torch.bfloat16) if narrow else ds.new_empty(0, dtype=torch.bfloat16)
-    # In a dtype of its own: an op's results are no views of each other.
-    return ds.to(grad.dtype), low, sums
+    return ds.to(grad.dtype).contiguous(), low.contiguous(), sums
