@@ -216,10 +216,7 @@ void py_norm_grad(int x_type, int dtype, const std::array<PyRows, 4>& v,
                   const std::array<int64_t, 3>& floats, int64_t rows, int64_t cols, int threads,
                   int64_t scratch, int64_t scratch_size) {
   const auto at = [&](int i) { return static_cast<float*>(address(floats[i])); };
-  NormGrad args;
-  args.grad = rows_of(v[0]), args.sum = rows_of(v[1]);
-  args.to_residual = rows_of(v[2]), args.to_x = rows_of(v[3]);
-  args.stats = at(0), args.gamma = at(1);
+  const NormGrad args{rows_of(v[0]), rows_of(v[1]), rows_of(v[2]), rows_of(v[3]), at(0), at(1)};
   norm_grad(static_cast<DType>(x_type), static_cast<DType>(dtype), args, at(2), rows, cols, threads,
             static_cast<float*>(address(scratch)), scratch_size);
 }
@@ -227,8 +224,7 @@ void py_norm_grad(int x_type, int dtype, const std::array<PyRows, 4>& v,
 // Address of the seed (int64), which is read here.
 void py_drop(int dtype, int64_t seed, uint32_t threshold, float scale, int64_t x, int64_t out,
              int64_t count, int threads) {
-  const Dropout by{static_cast<uint64_t>(*static_cast<const int64_t*>(address(seed))), threshold,
-                   scale};
+  const Dropout by{*static_cast<const uint64_t*>(address(seed)), threshold, scale};
   drop(static_cast<DType>(dtype), by, address(x), address(out), count, threads);
 }
 

@@ -162,18 +162,13 @@ def check_embeddings(module: nn.Module, call: str) -> None:
 def identified(module: nn.Module, proposals: Sequence[Block]) -> Block:
     """The first proposal that computes what ``module`` does, in evaluation and in training.
 
-    What a module drops is left out of the comparison, as far as dropouts are modules.
-
-    Args:
-        module: floating, on any device but meta; is not changed.
-        proposals: descriptions of the module; their activation is found out.
+    Dropouts that are modules are left out of the comparison; the module is not changed.
 
     Raises:
         MismatchError: none does; says why.
     """
     parts = [module.get_submodule(n) for n in (*proposals[0].linears(), *proposals[0].norms())]
-    held = [p for part in parts for p in part.parameters(recurse=False)]
-    if any(p.is_meta or not p.is_floating_point() for p in held):
+    if any(p.is_meta or not p.is_floating_point() for part in parts for p in part.parameters()):
         raise MismatchError("its weights have no floating values to compare")
     try:
         exact = copy.deepcopy(module).to("cpu", torch.float64).eval()

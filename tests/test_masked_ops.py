@@ -96,7 +96,7 @@ def test_add_norm(shape, types):
 
     def run(cast):
         leaf = (cast(x) + cast(residual)).detach().requires_grad_()
-        g, b = (cast(t).requires_grad_() for t in (gamma, beta))
+        g, b = (cast(t.clone()).requires_grad_() for t in (gamma, beta))
         y = F.layer_norm(leaf, shape[1:], g, b, 1e-5)
         return [y.detach(), *torch.autograd.grad(y, (leaf, g, b), cast(grad))]
 
