@@ -162,10 +162,7 @@ def check_embeddings(module: nn.Module, call: str) -> None:
 def identified(module: nn.Module, proposals: Sequence[Block]) -> Block:
     """The first proposal that computes what ``module`` does, in evaluation and in training.
 
-    Dropouts that are modules are left out of the comparison; the module is not changed.
-
-    Raises:
-        MismatchError: none does; says why.
+    Dropouts that are modules are left out. Raises MismatchError, with the reason, if none does.
     """
     parts = [module.get_submodule(n) for n in (*proposals[0].linears(), *proposals[0].norms())]
     if any(p.is_meta or not p.is_floating_point() for part in parts for p in part.parameters()):
