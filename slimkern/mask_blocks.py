@@ -66,7 +66,7 @@ def masked_blocks(model: nn.Module) -> MaskedBlocks:
         model: is only read.
 
     Returns:
-        the blocks in the order of the model's modules, and the refusals of the last ``mask_``.
+        the blocks in the order of the model's modules, and what ``mask_`` refused.
     """
     found = [
         MaskedBlockReport(name, module.masked_block.kind, module.aside())
@@ -74,6 +74,12 @@ def masked_blocks(model: nn.Module) -> MaskedBlocks:
         if isinstance(module, MaskedBlock)
     ]
     return MaskedBlocks(tuple(found), vars(model).get(REFUSED, ()))
+
+
+def with_told(model: nn.Module, refused: list[Refusal]) -> tuple[Refusal, ...]:
+    """What was refused before and now, the last reason of each module."""
+    told = {r.name: r for r in (*vars(model).get(REFUSED, ()), *refused)}
+    return tuple(told.values())
 
 
 def fitting_blocks(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimkern.cuts import SurgeryError, checked_cuts, cut, linear_of, spread
 from slimkern.discovery.groups import Group, Member
-from slimkern.mask_blocks import REFUSED, fitting_blocks
+from slimkern.mask_blocks import REFUSED, fitting_blocks, with_told
 from slimkern.masks import carried_masks, is_masked
 from slimkern.nn import MaskedLinear, install_block, release_unmasked_blocks, zero_columns_
 from slimkern.optimizer_state import check_owner, check_state, move_state
@@ -41,11 +41,10 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
 
     Producers compute the kept rows, consumers the kept columns (gathered inside the op); the
     consumers' columns of masked units are set to zero, so that a plain save of the model *is* the
-    masked model. Where a per-unit parameter lies between, producers stay complete. Calling it
-    again replaces the masks of the groups that the plan names; a plan that keeps everything
-    lifts them (the zeros remain, in plain linears). The masks are left on the model as
-    ``model.mask_plan``. Encoder layers and FFNs that are known become masked blocks, which compute
-    them in few passes: :func:`slimkern.masked_blocks` lists them.
+    masked model. Where a per-unit parameter lies between, producers stay complete. Known encoder
+    layers and FFNs become blocks (:func:`slimkern.masked_blocks`). Calling it again replaces the
+    masks of the groups that the plan names; a plan that keeps everything lifts them (the zeros
+    remain, in plain linears). The masks are left on the model as ``model.mask_plan``.
 
     Args:
         model: the model, changed in place.
@@ -80,8 +79,8 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
         install_block(module, block)
     _release(model, plan)
     _remember(model, plan.entries)
-    if refused and is_masked(model):
-        setattr(model, REFUSED, tuple(refused))
+    if is_masked(model) and refused:
+        setattr(model, REFUSED, with_told(model, refused))
     return model
 
 

@@ -56,7 +56,7 @@ class MaskedBlock(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "masked_from" not in vars(cls):
+        if "call" in vars(cls):  # not the classes made at run time, fully_shard's among them
             KINDS[cls.call] = cls
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -216,5 +216,8 @@ def release_block(module: MaskedBlock) -> nn.Module:
 def release_unmasked_blocks(model: nn.Module) -> None:
     """Blocks in which no linear is masked any more become plain modules."""
     for block in [m for m in model.modules() if isinstance(m, MaskedBlock)]:
+        # A class that fully_shard made of a block's is kept: it computes densely what is dense.
+        if "masked_from" not in vars(type(block)):
+            continue
         if not any(isinstance(m, MaskedLinear) for m in block.modules()):
             release_block(block)
