@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from slimkern.cuts import SurgeryError, checked_cuts, cut, linear_of, spread
 from slimkern.discovery.groups import Group, Member
 from slimkern.mask_blocks import REFUSED, fitting_blocks, with_told
-from slimkern.masks import carried_masks, is_masked
-from slimkern.nn import MaskedLinear, install_block, release_unmasked_blocks, zero_columns_
+from slimkern.masks import carried_masks, is_masked, zero_masked_columns
+from slimkern.nn import MaskedLinear, install_block, release_unmasked_blocks
 from slimkern.optimizer_state import check_owner, check_state, move_state
 from slimkern.plan import PlanEntry, SlimPlan, compose, inside
-from slimkern.shards import local, own_part
 
 # Sizes that a module states about its own parameters: (class, parameter, dim) -> attribute.
 _SIZES = {
@@ -92,15 +91,6 @@ def _remember(model: nn.Module, entries: Iterable[PlanEntry] = ()) -> None:
     del model.mask_plan
     if still.entries:
         model.mask_plan = still  # type: ignore[assignment]
-
-
-def zero_masked_columns(linear: MaskedLinear) -> None:
-    """Set the columns that ``linear`` does not read to zero: momentum or noise may move them."""
-    if linear.cols is not None:  # of a sharded weight, this rank's slice
-        kept = torch.zeros(linear.in_features, dtype=torch.bool, device=linear.weight.device)
-        kept[linear.cols] = True
-        kept = own_part(kept, linear.weight, 1)
-        zero_columns_(local(linear.weight), kept.nonzero().flatten())
 
 
 @contextmanager

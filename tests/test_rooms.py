@@ -164,7 +164,7 @@ ROOMS: list[tuple[str, set[str]]] = [
         {"torch", "slimkern.parallel", "slimkern.plan", "slimkern.nn", "slimkern.shards", *DATA},
     ),
     ("optimizer_state.py", {"torch"}),
-    ("masks.py", {"torch", "slimkern.plan", "slimkern.nn", *DATA}),
+    ("masks.py", {"torch", "slimkern.plan", "slimkern.nn", "slimkern.shards", *DATA}),
     (
         "surgery.py",
         {
