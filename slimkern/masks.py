@@ -108,8 +108,11 @@ def owned_elements(model: nn.Module, group: Group) -> int:
 
 def zero_masked_columns(linear: MaskedLinear) -> None:
     """Set the columns that ``linear`` does not read to zero: momentum or noise may move them."""
-    if linear.cols is not None:  # of a sharded weight, this rank's slice
-        kept = torch.zeros(linear.in_features, dtype=torch.bool, device=linear.weight.device)
-        kept[linear.cols] = True
-        kept = own_part(kept, linear.weight, 1)
-        zero_columns_(local(linear.weight), kept.nonzero().flatten())
+    if linear.cols is None:
+        return
+    part, kept = local(linear.weight), linear.cols
+    if part is not linear.weight:  # of a sharded weight, this rank's slice
+        whole = torch.zeros(linear.in_features, dtype=torch.bool, device=part.device)
+        whole[linear.cols] = True
+        kept = own_part(whole, linear.weight, 1).nonzero().flatten()
+    zero_columns_(part, kept)
