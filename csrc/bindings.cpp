@@ -15,6 +15,7 @@
 #include "isa.h"
 #include "packed.h"
 #include "plain_linear.h"
+#include "training_rows.h"
 
 namespace py = pybind11;
 using namespace slimkern;
@@ -222,6 +223,56 @@ void py_plain_gradient(const PyCall& call, const PyRows& dy, const PyRows& x, co
   plain_gradient(plain_gradient_of(call, dy, x, dw, kept), threads, scratch_of(scratch));
 }
 
+RowsOf rows_of(const PyRows& v) { return {address(v[0]), v[1]}; }
+
+void py_activate(int dtype, int a, const PyRows& x, const PyRows& out, int64_t rows, int64_t cols,
+                 int threads) {
+  activate(static_cast<DType>(dtype), static_cast<Activation>(a), rows_of(x), rows_of(out), rows,
+           cols, threads);
+}
+
+// grad, x, dx, value; the sums
+void py_activation_grad(int dtype, int a, const std::array<PyRows, 4>& v, int64_t sums,
+                        int64_t rows, int64_t cols, int threads, int64_t scratch,
+                        int64_t scratch_size) {
+  const ActivationGrad at{rows_of(v[0]), rows_of(v[1]), rows_of(v[2]), rows_of(v[3]), nullptr};
+  activation_grad(static_cast<DType>(dtype), static_cast<Activation>(a), at,
+                  static_cast<float*>(address(sums)), rows, cols, threads,
+                  static_cast<float*>(address(scratch)), scratch_size);
+}
+
+// x, residual, out, sum; address of the stats, gamma, beta
+void py_norm_forward(int x_type, int dtype, const std::array<PyRows, 4>& v,
+                     const std::array<int64_t, 3>& floats, float eps, int64_t rows, int64_t cols,
+                     int threads) {
+  const auto at = [&](int i) { return static_cast<float*>(address(floats[i])); };
+  const NormForward args{rows_of(v[0]), rows_of(v[1]), rows_of(v[2]), rows_of(v[3]),
+                         at(0),         at(1),         at(2),         eps};
+  norm_forward(static_cast<DType>(x_type), static_cast<DType>(dtype), args, rows, cols, threads);
+}
+
+// grad, sum, to_residual, to_x; address of the stats, gamma, sums; scratch and its size
+void py_norm_grad(int x_type, int dtype, const std::array<PyRows, 4>& v,
+                  const std::array<int64_t, 3>& floats, int64_t rows, int64_t cols, int threads,
+                  int64_t scratch, int64_t scratch_size) {
+  const auto at = [&](int i) { return static_cast<float*>(address(floats[i])); };
+  const NormGrad args{rows_of(v[0]), rows_of(v[1]), rows_of(v[2]), rows_of(v[3]), at(0), at(1)};
+  norm_grad(static_cast<DType>(x_type), static_cast<DType>(dtype), args, at(2), rows, cols, threads,
+            static_cast<float*>(address(scratch)), scratch_size);
+}
+
+// Address of the seed (int64), which is read here.
+void py_drop(int dtype, int64_t seed, uint32_t threshold, float scale, int64_t x, int64_t out,
+             int64_t count, int threads) {
+  const Dropout by{*static_cast<const uint64_t*>(address(seed)), threshold, scale};
+  drop(static_cast<DType>(dtype), by, address(x), address(out), count, threads);
+}
+
+bool py_zero_columns(int bits, const PyRows& w, int64_t rows, int64_t cols, int64_t dead,
+                     int threads) {
+  return zero_columns(bits, address(w[0]), w[1], rows, cols, address(dead), threads);
+}
+
 void numbers(py::module_& m, const char* name, std::initializer_list<const char*> names) {
   py::dict values;
   int i = 0;
@@ -282,4 +333,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("plain_linear", &py_plain_linear, no_gil);
   m.def("plain_gradient_scratch", &py_plain_gradient_scratch);
   m.def("plain_gradient", &py_plain_gradient, no_gil);
+  m.def("activate", &py_activate, no_gil);
+  m.def("activation_grad", &py_activation_grad, no_gil);
+  m.def("row_sums_scratch", &row_sums_scratch);
+  m.def("norm_forward", &py_norm_forward, no_gil);
+  m.def("norm_grad", &py_norm_grad, no_gil);
+  m.def("drop", &py_drop, no_gil);
+  m.def("zero_columns", &py_zero_columns, no_gil);
 }

@@ -117,6 +117,43 @@ constexpr int kActivationCount = 7;
 
 enum class Norm { kNone = 0, kLayer, kRms };
 
+// Rows of a matrix whose columns are neighbours; the stride counts elements.
+struct RowsOf {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// dx = grad * a'(x) and value = a(x); sums[j] += dx over the rows, before dx is rounded.
+struct ActivationGrad {
+  RowsOf grad, x, dx, value;
+  float* sums = nullptr;
+};
+
+// A LayerNorm in training: sum = x + residual (float), out = ((sum - center) scale + offset) gamma
+// + beta; center, scale and offset of a row, three floats, go to `stats`.
+struct NormForward {
+  RowsOf x, residual, out, sum;
+  float* stats = nullptr;
+  const float *gamma = nullptr, *beta = nullptr;
+  float eps = 0;
+};
+
+// Its gradient: d_sum to `to_residual`, and rounded to x's type to `to_x` where that has data;
+// += the sums over rows of grad * normalised row, of grad, and of d_sum before it is rounded.
+struct NormGrad {
+  RowsOf grad, sum, to_residual, to_x;
+  const float *stats = nullptr, *gamma = nullptr;
+  float *d_gamma = nullptr, *d_beta = nullptr, *d_bias = nullptr;
+};
+
+// What is dropped: elements whose number, mixed with the seed, is below the threshold (2^32 p). The
+// others are scaled.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;
+  float scale = 1;
+};
+
 // Passes over rows of a block that lies in the cache; strides count elements.
 struct RowKernel {
   // x = a(x)
@@ -146,6 +183,19 @@ struct RowKernel {
   // out = x where its bit is set, else zero, whatever x is there.
   void (*keep)(const float* x, int64_t x_stride, const uint8_t* bits, int64_t row_bytes, DType to,
                void* out, int64_t out_stride, int64_t rows, int64_t cols);
+  // out = a(x), both of storage type dtype (float32, bfloat16).
+  void (*activate_to)(Activation a, DType dtype, const RowsOf& x, const RowsOf& out, int64_t rows,
+                      int64_t cols);
+  // As ActivationGrad says; all but the sums of storage type dtype. dx may be grad, value may be x.
+  void (*activation_grad)(Activation a, DType dtype, const ActivationGrad& at, int64_t rows,
+                          int64_t cols);
+  // x (and to_x) of storage type x_type; residual, out, grad and to_residual of type dtype.
+  void (*norm_forward)(DType x_type, DType dtype, const NormForward& at, int64_t rows,
+                       int64_t cols);
+  void (*norm_grad)(DType x_type, DType dtype, const NormGrad& at, int64_t rows, int64_t cols);
+  // `count` neighbours x and out of storage type dtype, the first of which is element `first`.
+  void (*drop)(DType dtype, const Dropout& by, const void* x, void* out, int64_t first,
+               int64_t count);
 };
 
 struct KernelTable {

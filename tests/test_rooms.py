@@ -29,6 +29,7 @@ LIBRARY = {
     *REPORTS,
     "slimkern.criteria",
     "slimkern.masks",
+    "slimkern.mask_blocks",
     "slimkern.cuts",
     "slimkern.surgery",
     "slimkern.fuse",
@@ -124,6 +125,14 @@ ROOMS: list[tuple[str, set[str]]] = [
         {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
     ),
     (
+        "ops/masked_ffn/reference.py",
+        {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
+    ),
+    (
+        "ops/masked_attention/reference.py",
+        {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
+    ),
+    (
         "ops/encoder_layer/reference.py",
         {
             "torch",
@@ -142,6 +151,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),
     ("nn/packs.py", {"torch", "slimkern.ops", *BLOCKS}),
+    ("nn/masked_block.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),
     ("nn/", {"torch", "slimkern.ops", "slimkern.nn"}),
     ("cpu.py", {"torch", "slimkern.ops._native"}),
     ("discovery/", {"torch", "slimkern.discovery"}),
@@ -161,18 +171,29 @@ ROOMS: list[tuple[str, set[str]]] = [
         {"torch", "slimkern.parallel", "slimkern.plan", "slimkern.nn", "slimkern.shards", *DATA},
     ),
     ("optimizer_state.py", {"torch"}),
-    ("masks.py", {"torch", "slimkern.plan", "slimkern.nn", *DATA}),
+    ("masks.py", {"torch", "slimkern.plan", "slimkern.nn", "slimkern.shards", *DATA}),
     (
         "surgery.py",
         {
             "torch",
             "slimkern.cuts",
+            "slimkern.mask_blocks",
             "slimkern.masks",
             "slimkern.plan",
             "slimkern.nn",
             "slimkern.optimizer_state",
             "slimkern.shards",
             *DATA,
+        },
+    ),
+    (
+        "mask_blocks.py",
+        {
+            "torch",
+            "slimkern.discovery",
+            "slimkern.fuse_check",
+            "slimkern.nn",
+            "slimkern.plan",
         },
     ),
     ("fuse_check.py", {"torch", "slimkern.accuracy", "slimkern.ops", "slimkern.nn", *BLOCKS}),

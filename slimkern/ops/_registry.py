@@ -69,15 +69,20 @@ def _implementation(package: str, backend: str, name: str) -> Callable[..., Any]
 
 
 def define_op(
-    name: str, arguments: str, fake: Callable[..., Any], backends: Backends
+    name: str,
+    arguments: str,
+    fake: Callable[..., Any],
+    backends: Backends,
+    returns: str = "Tensor",
 ) -> Callable[..., Any]:
     """Registers ``slimkern::name`` for CPU and CUDA and returns its overload.
 
     Args:
         name: the op's, and the function's in each backend's module.
-        arguments: the schema's argument list without the backend; the op returns one tensor.
+        arguments: the schema's argument list without the backend.
         fake: shapes and dtypes of the result, from the arguments without the backend.
         backends: the op's table.
+        returns: the schema's results.
     """
     package = backends.package
 
@@ -87,7 +92,7 @@ def define_op(
     def fake_with_backend(*args: Any) -> Any:
         return fake(*args[:-1])
 
-    _LIBRARY.define(f"{name}({arguments}, str backend) -> Tensor")
+    _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, compute, key)
     torch.library.register_fake(f"slimkern::{name}", fake_with_backend, lib=_LIBRARY)
