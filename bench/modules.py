@@ -56,6 +56,30 @@ class IndexedLinear(nn.Module):
         return F.linear(x, weight, bias)
 
 
+class BlockMaskedLinear(nn.Module):
+    """A linear whose weight is multiplied by a mask, as a user writes it.
+
+    Attributes:
+        weight, bias: [N, K] and [N].
+        mask: [N, K] of zeros and ones.
+        block: (rows, columns) of the blocks that the mask keeps or not.
+    """
+
+    mask: Tensor
+
+    def __init__(self, N: int, K: int, block: tuple[int, int], kept: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(N, K))
+        self.bias = nn.Parameter(torch.empty(N))
+        self.block = block
+        rows = kept.repeat_interleave(block[0], 0)[:N]
+        self.register_buffer("mask", rows.repeat_interleave(block[1], 1)[:, :K].float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
 class Ffn(nn.Module):
     """BERT's: ``LayerNorm(x + fc2(gelu(fc1(x))))`` with the GELU of the error function."""
 

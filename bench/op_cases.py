@@ -112,6 +112,30 @@ def _real() -> list[Case]:
     return cases
 
 
+@dataclass(frozen=True)
+class BlockCase:
+    """A linear whose weight is masked block by block, measured forward and backward.
+
+    Attributes:
+        M, N, K: rows of x; the shape of weight.
+        block: rows and columns of the weight in a block.
+        density: the share of blocks that are kept.
+    """
+
+    M: int
+    N: int
+    K: int
+    block: tuple[int, int]
+    density: float = 0.2
+
+
+BLOCK_CASES = [
+    BlockCase(1024, n, k, block)
+    for block in ((4, 1), (32, 32))
+    for n, k in ((1536, 384), (384, 1536), (384, 384))
+]
+SMOKE_BLOCK_CASES = [BlockCase(17, 63, 130, (4, 1)), BlockCase(17, 63, 130, (32, 32), 0.5)]
+
 TABLE = (*_awkward(), *_real())
 
 

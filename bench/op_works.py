@@ -1,4 +1,4 @@
-"""Works of level op: linear, indexed linear, FFN, attention block."""
+"""Works of level op: linear, indexed and block-masked linear, FFN, attention block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from bench import counts
 from bench.check import seed_of
-from bench.modules import Attention, Ffn, IndexedLinear, randomize
-from bench.op_cases import Case, cases
+from bench.modules import Attention, BlockMaskedLinear, Ffn, IndexedLinear, randomize
+from bench.op_cases import BLOCK_CASES, SMOKE_BLOCK_CASES, BlockCase, Case, cases
 from bench.slims import SlimBuild
 from bench.work import Work
 
@@ -21,6 +21,7 @@ def op_works(smoke: bool) -> list[Work]:
     works = []
     for case in cases("smoke" if smoke else "bench"):
         works += linear_works(case, smoke)
+    works += [block_work(case, smoke) for case in (SMOKE_BLOCK_CASES if smoke else BLOCK_CASES)]
     if smoke:
         works += ffn_works(24, 51, None, (7,), backward=(7,), compiled=(), smoke=True)
         works += ffn_works(24, 51, 13, (7,), backward=(), compiled=(), smoke=True)
@@ -95,6 +96,40 @@ def linear_works(case: Case, smoke: bool) -> list[Work]:
         )
 
     return both_ways(make, case.backward)
+
+
+def _kept_blocks(case: BlockCase) -> Tensor:
+    """Bool, one per block: the same share everywhere, at places drawn at random."""
+    rows, columns = -(-case.N // case.block[0]), -(-case.K // case.block[1])
+    generator = torch.Generator().manual_seed(rows + columns)
+    order = torch.randperm(rows * columns, generator=generator)
+    return (order < round(case.density * rows * columns)).view(rows, columns)
+
+
+def _build_block_masked(case: BlockCase) -> nn.Module:
+    return randomize(BlockMaskedLinear(case.N, case.K, case.block, _kept_blocks(case)))
+
+
+def block_work(case: BlockCase, smoke: bool) -> Work:
+    """Forward and backward of a linear of which a share of the blocks is kept: its limit is that
+    share of the products, and eager multiplies by the mask."""
+    M, N, K = case.M, case.N, case.K
+    share = float(_kept_blocks(case).float().mean())
+    bn, bk = case.block
+    name = f"block-masked linear {K}->{N}, {bn}x{bk}, {share:.0%} kept fwd+bwd"
+    figures = counts.figures(counts.linear(M, K, N), M * K + M * N, M)
+    figures["flops"] *= share
+    return Work(
+        level="op",
+        name=name,
+        shape=f"M={M}",
+        build=partial(_build_block_masked, case),
+        inputs=partial(_one, name, M, K),
+        **figures,
+        backward=True,
+        smoke=smoke,
+        tags=frozenset({"blocks"}),
+    )
 
 
 def _one(name: str, *shape: int) -> tuple[Tensor, ...]:

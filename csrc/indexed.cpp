@@ -9,36 +9,7 @@
 namespace slimkern {
 namespace {
 
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
 Range block(int64_t i, int64_t size, int64_t end) { return {i * size, min((i + 1) * size, end)}; }
-
-// Strictly increasing within [0, extent): in bounds, and no two threads write to one place.
-void check_index(const int64_t* index, int64_t length, int64_t extent) {
-  if (index == nullptr) {
-    if (length > extent) {
-      throw std::out_of_range("a length of " + std::to_string(length) + " exceeds the " +
-                              std::to_string(extent) + " that are there");
-    }
-    return;
-  }
-  int64_t last = -1;
-  for (int64_t i = 0; i < length; ++i) {
-    if (index[i] <= last || index[i] >= extent) {
-      throw std::out_of_range("index " + std::to_string(index[i]) + " at position " +
-                              std::to_string(i) + " is not strictly increasing within [0, " +
-                              std::to_string(extent) + ")");
-    }
-    last = index[i];
-  }
-}
-
-void check_view(const MatView& view, int64_t rows, int64_t cols, const Extent& extent) {
-  check_index(view.row_index, rows, extent.rows);
-  check_index(view.col_index, cols, extent.cols);
-}
 
 // Sizes of the blocks that a worker holds in its second-level cache, and of the scratch.
 struct Plan {
@@ -68,37 +39,59 @@ Plan make_plan(const GemmKernel& kernel, int64_t M, int64_t N, int64_t K, int th
   return p;
 }
 
-// Addresses inside the scratch, in bytes of the compute type.
+// Addresses inside the scratch.
 struct Scratch {
-  char* base;
-  int64_t item;
+  double* base;
   const Plan& plan;
 
   // Block (n, k) of packed b: whole k blocks one after the other, n panels within.
-  char* b(int64_t n_begin, int64_t n_padded, int64_t k_begin, int64_t k_size) const {
-    return base + (k_begin * n_padded + n_begin * k_size) * item;
+  double* b(int64_t n_begin, int64_t n_padded, int64_t k_begin, int64_t k_size) const {
+    return base + k_begin * n_padded + n_begin * k_size;
   }
-  char* a(int worker) const {
-    return base + (plan.packed_b + worker * (plan.packed_a + plan.tiles)) * item;
+  double* a(int worker) const {
+    return base + plan.packed_b + worker * (plan.packed_a + plan.tiles);
   }
-  char* tiles(int worker) const { return a(worker) + plan.packed_a * item; }
+  double* tiles(int worker) const { return a(worker) + plan.packed_a; }
 };
 
 }  // namespace
 
-int64_t gemm_scratch(DType dtype, int64_t M, int64_t N, int64_t K, int threads) {
-  const GemmKernel& kernel = active_table().gemm[static_cast<int>(dtype)];
-  return make_plan(kernel, M, N, K, threads).scratch();
+void check_index(const int64_t* index, int64_t length, int64_t extent) {
+  if (index == nullptr) {
+    if (length > extent) {
+      throw std::out_of_range("a length of " + std::to_string(length) + " exceeds the " +
+                              std::to_string(extent) + " that are there");
+    }
+    return;
+  }
+  int64_t last = -1;
+  for (int64_t i = 0; i < length; ++i) {
+    if (index[i] <= last || index[i] >= extent) {
+      throw std::out_of_range("index " + std::to_string(index[i]) + " at position " +
+                              std::to_string(i) + " is not strictly increasing within [0, " +
+                              std::to_string(extent) + ")");
+    }
+    last = index[i];
+  }
 }
 
-void gemm(DType dtype, const GemmArgs& args, const GemmExtents& extents, int threads,
-          void* scratch, int64_t scratch_size) {
+void check_view(const MatView& view, int64_t rows, int64_t cols, const Extent& extent) {
+  check_index(view.row_index, rows, extent.rows);
+  check_index(view.col_index, cols, extent.cols);
+}
+
+int64_t gemm_scratch(int64_t M, int64_t N, int64_t K, int threads) {
+  return make_plan(active_table().gemm, M, N, K, threads).scratch();
+}
+
+void gemm(const GemmArgs& args, const GemmExtents& extents, int threads, double* scratch,
+          int64_t scratch_size) {
   check_view(args.a, args.M, args.K, extents.a);
   check_view(args.b, args.K, args.N, extents.b);
   check_view(args.c, args.M, args.N, extents.c);
   if (args.bias.data != nullptr) check_index(args.bias.index, args.N, extents.bias);
 
-  const GemmKernel& kernel = active_table().gemm[static_cast<int>(dtype)];
+  const GemmKernel& kernel = active_table().gemm;
   const Plan plan = make_plan(kernel, args.M, args.N, args.K, threads);
   if (scratch_size < plan.scratch()) {
     throw std::invalid_argument("scratch holds " + std::to_string(scratch_size) +
@@ -106,8 +99,7 @@ void gemm(DType dtype, const GemmArgs& args, const GemmExtents& extents, int thr
   }
   if (args.M == 0 || args.N == 0) return;
 
-  const int64_t item = dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  const Scratch at{static_cast<char*>(scratch), item, plan};
+  const Scratch at{scratch, plan};
   const int64_t n_padded = round_up(args.N, kernel.nr);
 
   parallel_for(plan.n_blocks * plan.k_blocks, plan.workers, [&](int64_t task, int) {
@@ -121,8 +113,8 @@ void gemm(DType dtype, const GemmArgs& args, const GemmExtents& extents, int thr
     const Range n = block(task % plan.n_blocks, plan.nc, args.N);
     const int64_t m_panels = ceil_div(m.size(), kernel.mr);
     const int64_t n_panels = ceil_div(n.size(), kernel.nr);
-    char* a = at.a(worker);
-    char* tiles = at.tiles(worker);
+    double* a = at.a(worker);
+    double* tiles = at.tiles(worker);
     if (plan.k_blocks == 0) {  // an empty reduction: the tiles are zero
       kernel.multiply(a, a, m_panels, n_panels, 0, false, tiles);
     }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "arena.h"
 #include "kernel_table.h"
 
 namespace slimkern {
@@ -17,15 +18,20 @@ struct GemmExtents {
   int64_t bias = 0;
 };
 
-// Elements of the compute type that `gemm` needs as scratch.
-int64_t gemm_scratch(DType dtype, int64_t M, int64_t N, int64_t K, int threads);
+// Throw std::out_of_range where an index is not strictly increasing within its extent: then it is in
+// bounds, and no two threads write to one place.
+void check_index(const int64_t* index, int64_t length, int64_t extent);
+void check_view(const MatView& view, int64_t rows, int64_t cols, const Extent& extent);
 
-// Throws std::out_of_range where an index is not strictly increasing within its extent, and
-// std::invalid_argument where `scratch_size` is less than gemm_scratch() asks for.
-void gemm(DType dtype, const GemmArgs& args, const GemmExtents& extents, int threads,
-          void* scratch, int64_t scratch_size);
+// Doubles that `gemm` needs as scratch.
+int64_t gemm_scratch(int64_t M, int64_t N, int64_t K, int threads);
 
-// out[j] = sum over i of a[i, j], a [rows, cols]. Throws std::out_of_range like `gemm`.
+// In double. Throws as check_view does, and std::invalid_argument where `scratch_size` is less than
+// gemm_scratch() asks for.
+void gemm(const GemmArgs& args, const GemmExtents& extents, int threads, double* scratch,
+          int64_t scratch_size);
+
+// out[j] = sum over i of a[i, j], a [rows, cols]. Throws as check_index does.
 void column_sum(DType dtype, const MatView& a, int64_t rows, int64_t cols, const VecView& out,
                 int64_t out_size, int threads);
 

@@ -27,6 +27,7 @@ from slimkern.criteria import importance
 from slimkern.cuts import SurgeryError
 from slimkern.discovery import Discovery, Group, discover
 from slimkern.fuse import FusedBlock, FusedBlocks, FuseError, fuse_, fused_blocks, unfuse_
+from slimkern.mask_blocks import MaskedBlocks, masked_blocks
 from slimkern.one_shot import OneShot, one_shot, one_shot_family
 from slimkern.plan import PlanEntry, SlimPlan, make_plan
 from slimkern.pruning import Pruning
@@ -41,6 +42,7 @@ __all__ = [
     "FusedBlock",
     "FusedBlocks",
     "Group",
+    "MaskedBlocks",
     "OneShot",
     "PlanEntry",
     "Pruning",
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "make_plan",
     "mask_",
+    "masked_blocks",
     "model_slim",
     "one_shot",
     "one_shot_family",

@@ -158,6 +158,31 @@ def check_embeddings(module: nn.Module, call: str) -> None:
         )
 
 
+@torch.no_grad()
+def identified(module: nn.Module, proposals: Sequence[Block]) -> Block:
+    """The first proposal that computes what ``module`` does, in evaluation and in training.
+
+    Dropouts that are modules are left out. Raises MismatchError, with the reason, if none does.
+    """
+    parts = [module.get_submodule(n) for n in (*proposals[0].linears(), *proposals[0].norms())]
+    if any(p.is_meta or not p.is_floating_point() for part in parts for p in part.parameters()):
+        raise MismatchError("its weights have no floating values to compare")
+    try:
+        exact = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    except Exception as error:
+        raise MismatchError(f"it can't be copied to be compared: {_short(error)}") from error
+    block = _identified(exact, proposals)
+    for part in exact.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+    samples = list(_samples(block, *_sizes(exact, block), torch.float64))
+    with torch.random.fork_rng(devices=[]):
+        wanted = [s.output(exact.train(), block.call) for s in samples]
+    if not _same(exact, block, samples, wanted):
+        raise MismatchError("in training it computes something else than in evaluation")
+    return block
+
+
 def _check_weights(module: nn.Module, block: Block) -> torch.dtype:
     """The dtype of the weights, all on the CPU."""
     parts = [module.get_submodule(n) for n in (*block.linears(), *block.norms())]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from slimkern.cuts import SurgeryError, checked_cuts, cut, linear_of, spread
 from slimkern.discovery.groups import Group, Member
-from slimkern.masks import carried_masks
-from slimkern.nn import MaskedLinear
+from slimkern.mask_blocks import REFUSED, fitting_blocks, with_told
+from slimkern.masks import carried_masks, is_masked, zero_masked_columns
+from slimkern.nn import MaskedLinear, install_block, release_unmasked_blocks
 from slimkern.optimizer_state import check_owner, check_state, move_state
 from slimkern.plan import PlanEntry, SlimPlan, compose, inside
-from slimkern.shards import local, own_part
 
 # Sizes that a module states about its own parameters: (class, parameter, dim) -> attribute.
 _SIZES = {
@@ -40,10 +40,10 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
 
     Producers compute the kept rows, consumers the kept columns (gathered inside the op); the
     consumers' columns of masked units are set to zero, so that a plain save of the model *is* the
-    masked model. Where a per-unit parameter lies between, producers stay complete. Calling it
-    again replaces the masks of the groups that the plan names; a plan that keeps everything
-    lifts them (the zeros remain, in plain linears). The masks are left on the model as
-    ``model.mask_plan``.
+    masked model. Where a per-unit parameter lies between, producers stay complete. Known encoder
+    layers and FFNs become blocks (:func:`slimkern.masked_blocks`). Calling it again replaces the
+    masks of the groups that the plan names; a plan that keeps everything lifts them (the zeros
+    remain, in plain linears). The masks are left on the model as ``model.mask_plan``.
 
     Args:
         model: the model, changed in place.
@@ -57,6 +57,7 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
             a parameter of it is tied to one that would stay; nothing has been changed then.
     """
     checked_cuts(model, plan)
+    blocks, refused = fitting_blocks(model, plan)
     for entry in plan.entries:
         group, keep = entry.group, torch.tensor(entry.keep)
         whole = len(entry.keep) == group.num_units
@@ -73,8 +74,12 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
             index = spread(keep, member.unit_size, linear.weight.device)
             linear.rows = None if whole else index
         _set_counts(model, entry)
+    for module, block in blocks:
+        install_block(module, block)
     _release(model, plan)
     _remember(model, plan.entries)
+    if is_masked(model) and refused:
+        setattr(model, REFUSED, with_told(model, refused))
     return model
 
 
@@ -86,16 +91,6 @@ def _remember(model: nn.Module, entries: Iterable[PlanEntry] = ()) -> None:
     del model.mask_plan
     if still.entries:
         model.mask_plan = still  # type: ignore[assignment]
-
-
-def zero_masked_columns(linear: MaskedLinear) -> None:
-    """Set the columns that ``linear`` does not read to zero: momentum or noise may move them."""
-    if linear.cols is None:
-        return
-    dead = torch.ones(linear.in_features, dtype=torch.bool, device=linear.weight.device)
-    dead[linear.cols] = False
-    with torch.no_grad():  # of a sharded weight, this rank's slice
-        local(linear.weight).masked_fill_(own_part(dead, linear.weight, 1), 0)
 
 
 @contextmanager
@@ -246,6 +241,9 @@ def _release(model: nn.Module, plan: SlimPlan) -> None:
             linear = model.get_submodule(member.name)
             if isinstance(linear, MaskedLinear) and linear.rows is None and linear.cols is None:
                 linear.release()
+    release_unmasked_blocks(model)
+    if not is_masked(model):
+        vars(model).pop(REFUSED, None)
 
 
 def _set_counts(model: nn.Module, entry: PlanEntry) -> None:

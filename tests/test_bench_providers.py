@@ -144,7 +144,7 @@ def test_what_is_not_installed_is_refused(name: str, monkeypatch: pytest.MonkeyP
         ("torch-pruning", "model/tiny dense", "fp32", "nothing was cut"),
         ("slimkern triton", "op/indexed", "fp32", "GPU only"),
         ("slimkern reference", "op/FFN 24->51/", "fp32", "no kernel for this work yet"),
-        ("slimkern scalar", "op/indexed", "fp32-high", "no kernel for this precision"),
+        ("slimkern scalar", "op/indexed", "fp32-high", "as fp32: no products between"),
     ],
 )
 def test_refusals_have_a_reason(name: str, part: str, precision: str, reason: str) -> None:
@@ -164,9 +164,10 @@ def test_scalar_code_is_not_given_large_work() -> None:
 
 
 @pytest.mark.parametrize("isa", ["reference", *slimkern.cpu.available_isas()])
-def test_slimkern_does_indexed_work_on_each_instruction_set(isa: str) -> None:
+@pytest.mark.parametrize("level", ["op/indexed", "op/block-masked"])
+def test_slimkern_does_masked_work_on_each_instruction_set(isa: str, level: str) -> None:
     before = slimkern.cpu.isa()
-    for work in smoke("op/indexed"):
+    for work in smoke(level):
         for precision in ("fp32", "bf16"):
             assert_right(provider(f"slimkern {isa}"), work, precision)
             assert slimkern.cpu.isa() == before

@@ -14,7 +14,7 @@ from bench import check, training_cases
 from bench.providers import training
 from bench.training_cases import FULL, SMOKE, SPARSITIES, TrainingWork, training_works
 from bench.work import Outputs, Setting, Work
-from slimkern.ops.indexed_linear import api
+from slimkern.ops.masked_ffn import api
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.report.speed_schema import PRECISIONS, Precision
 
@@ -65,8 +65,8 @@ def test_a_wrong_mask_is_found(provider: training.TrainingProvider, group: int) 
 
 
 def test_a_wrong_gradient_of_a_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = api.linear_dw
-    monkeypatch.setattr(api, "linear_dw", lambda *arguments: 1.001 * right(*arguments))
+    right = api.weight_grad
+    monkeypatch.setattr(api, "weight_grad", lambda *arguments: 1.001 * right(*arguments))
     work = tiny(0.5)
     outputs = training.SlimkernMasked().prepare(work, Setting("fp32"))()
     assert check.error(outputs, check.reference(work)) > 10 * bound(work)

@@ -5,16 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from block_mask_cases import CASES, IDS, MaskCase, eager, make_case, make_mask, op, zeroed
+from block_mask_cases import (
+    CASES,
+    IDS,
+    MaskCase,
+    eager,
+    make_case,
+    make_mask,
+    op,
+    run_module,
+    zeroed,
+)
 from op_cases import assert_within_eager_error, run
 from op_cases import eager as linear
 
+from slimkern import cpu as machine
 from slimkern.ops import BlockMask, block_masked_linear
-from slimkern.ops.block_masked_linear import reference
+from slimkern.ops.block_masked_linear import cpu, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 DTYPE_IDS = ["fp32", "bf16", "fp64"]
-MODULES = {"reference": reference}
+MODULES = {"reference": reference, "cpu": cpu}
 SMALL = MaskCase(17, 63, 130, (4, 1), 0.5)
 
 
@@ -26,6 +37,39 @@ def test_forward_and_gradients(case, dtype, backend):
     result = run(op(mask, backend), inputs)
     assert_within_eager_error(result, inputs, eager(mask))
     assert (result.dw[~mask.dense()] == 0).all()
+
+
+@pytest.fixture
+def restore():
+    before, threads = machine.isa(), torch.get_num_threads()
+    yield
+    machine.set_isa(before)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=DTYPE_IDS[:2])
+@pytest.mark.parametrize("isa", machine.available_isas())
+@pytest.mark.parametrize("case", CASES[::3], ids=IDS[::3])
+def test_every_isa_writes_every_output(case, isa, dtype, restore, monkeypatch):
+    """Uninitialised memory is NaN: what a kernel forgets to write, or reads too early, shows."""
+    empty = torch.empty
+    machine.set_isa(isa)
+    inputs, mask = make_case(case, dtype)
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    result = run_module(cpu, inputs, mask)
+    monkeypatch.undo()
+    assert_within_eager_error(result, inputs, eager(mask))
+
+
+def test_threads_do_not_change_the_result(restore):
+    inputs, mask = make_case(MaskCase(300, 700, 290, (4, 1), 0.2), torch.float32)
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        results.append(run_module(cpu, inputs, mask))
+    for other in results[1:]:
+        for name in ("y", "dx", "dw"):
+            assert torch.equal(getattr(results[0], name), getattr(other, name)), name
 
 
 @pytest.mark.parametrize("backend", MODULES)

@@ -29,6 +29,7 @@ LIBRARY = {
     *REPORTS,
     "slimkern.criteria",
     "slimkern.masks",
+    "slimkern.mask_blocks",
     "slimkern.cuts",
     "slimkern.surgery",
     "slimkern.fuse",
@@ -109,6 +110,10 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
     ("ops/_linear.py", {"torch"}),
+    (
+        "ops/_plain.py",
+        {"torch", *(f"slimkern.ops.{m}" for m in ("_block_mask", "_math", "_native"))},
+    ),
     ("ops/_math.py", {"torch", "slimkern.ops._native"}),
     ("ops/_fused.py", {"torch", "slimkern.ops._native"}),
     (
@@ -117,6 +122,14 @@ ROOMS: list[tuple[str, set[str]]] = [
     ),
     (
         "ops/attention_block/reference.py",
+        {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
+    ),
+    (
+        "ops/masked_ffn/reference.py",
+        {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
+    ),
+    (
+        "ops/masked_attention/reference.py",
         {"torch", "slimkern.ops._weights", "slimkern.ops.ffn.reference"},
     ),
     (
@@ -130,11 +143,15 @@ ROOMS: list[tuple[str, set[str]]] = [
     ),
     ("ops/block_masked_linear/reference.py", {"torch", "slimkern.ops._block_mask"}),
     ("ops/*/reference.py", {"torch", "slimkern.ops._weights"}),
-    ("ops/*/cpu.py", {"torch", "slimkern.ops._native", "slimkern.ops._fused"}),
+    (
+        "ops/*/cpu.py",
+        {"torch", *(f"slimkern.ops.{m}" for m in ("_block_mask", "_fused", "_native", "_plain"))},
+    ),
     ("ops/*/triton.py", {"torch", "triton", "slimkern.ops._tile"}),
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),
     ("nn/packs.py", {"torch", "slimkern.ops", *BLOCKS}),
+    ("nn/masked_block.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),
     ("nn/", {"torch", "slimkern.ops", "slimkern.nn"}),
     ("cpu.py", {"torch", "slimkern.ops._native"}),
     ("discovery/", {"torch", "slimkern.discovery"}),
@@ -154,18 +171,29 @@ ROOMS: list[tuple[str, set[str]]] = [
         {"torch", "slimkern.parallel", "slimkern.plan", "slimkern.nn", "slimkern.shards", *DATA},
     ),
     ("optimizer_state.py", {"torch"}),
-    ("masks.py", {"torch", "slimkern.plan", "slimkern.nn", *DATA}),
+    ("masks.py", {"torch", "slimkern.plan", "slimkern.nn", "slimkern.shards", *DATA}),
     (
         "surgery.py",
         {
             "torch",
             "slimkern.cuts",
+            "slimkern.mask_blocks",
             "slimkern.masks",
             "slimkern.plan",
             "slimkern.nn",
             "slimkern.optimizer_state",
             "slimkern.shards",
             *DATA,
+        },
+    ),
+    (
+        "mask_blocks.py",
+        {
+            "torch",
+            "slimkern.discovery",
+            "slimkern.fuse_check",
+            "slimkern.nn",
+            "slimkern.plan",
         },
     ),
     ("fuse_check.py", {"torch", "slimkern.accuracy", "slimkern.ops", "slimkern.nn", *BLOCKS}),

@@ -54,8 +54,9 @@ def test_the_errors_are_within_their_bounds(accuracy):
     assert done.returncode == 0, done.stdout
 
 
-def test_random_blocks(kernel_objects, tmp_path):
-    fuzz = build_driver(tmp_path, "fuzz_rows", list(kernel_objects.values()))
+@pytest.mark.parametrize("driver", ["fuzz_rows", "fuzz_training"])
+def test_random_blocks(driver, kernel_objects, tmp_path):
+    fuzz = build_driver(tmp_path, driver, list(kernel_objects.values()))
     done = subprocess.run([str(fuzz), "3", "7"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -1,7 +1,7 @@
 """slimkern, once per set of kernels: the equation, each instruction set, Triton.
 
-``indexed_linear`` is called for works tagged ``indexed``, ``packed_linear`` for linears alone;
-FFNs, attention, layers and models are fused.
+``indexed_linear`` is called for works tagged ``indexed``, ``block_masked_linear`` for ``blocks``,
+``packed_linear`` for linears alone; FFNs, attention, layers and models are fused.
 """
 
 from __future__ import annotations
@@ -58,17 +58,22 @@ class Slimkern(Provider):
             return "runs on a GPU only" if device == "cuda" else "runs on the CPU only"
         if self.isa == "scalar" and work.flops > SCALAR_FLOPS:
             return f"scalar code, and {work.flops:.1e} operations: over {SCALAR_FLOPS:.0e}"
-        if "indexed" not in work.tags:
-            return self._refuses_fused(work, setting)
-        if setting.precision in ("fp32-high", "fp32-medium"):
-            return "no kernel for this precision yet: the same as fp32"
-        return wrong_device(setting)
+        if not {"indexed", "blocks"} & work.tags:
+            if self.isa is None:
+                return "no kernel for this work yet"
+            if work.backward:
+                return "fused modules are for inference"
+        elif self.isa is None:
+            if self.backend == "triton" and "blocks" in work.tags:
+                return "no kernel for this work yet"
+            if setting.precision in ("fp32-high", "fp32-medium"):
+                return "no kernel for this precision yet: the same as fp32"
+            return wrong_device(setting)
+        return self._as_another(work, setting)
 
-    def _refuses_fused(self, work: Work, setting: Setting) -> str | None:
-        if self.isa is None:
-            return "no kernel for this work yet"
-        if work.backward:
-            return "fused modules are for inference"
+    def _as_another(self, work: Work, setting: Setting) -> str | None:
+        """Why an instruction set's figure would say nothing beside those of the others."""
+        assert self.isa is not None
         better = [isa for isa in _BF16 if isa in slimkern.cpu.available_isas()]
         if self.isa not in _BF16 and better and not work.smoke:  # which keeps each of them alive
             if setting.precision not in ("fp32", "fp32-high"):
@@ -85,7 +90,7 @@ class Slimkern(Provider):
         module = placed(work.build(), setting)
         inputs = placed_inputs(work, setting)
         with self._in_use():
-            run = self._indexed(module) if "indexed" in work.tags else _fused(module, setting)
+            run = self._run(module, work, setting)
         if work.backward:
             call = backward_call(work, run, list(module.parameters()), inputs, setting)
         else:
@@ -99,6 +104,23 @@ class Slimkern(Provider):
 
     def _in_use(self) -> Any:
         return nullcontext() if self.isa is None else _isa(self.isa)
+
+    def _run(self, module: Any, work: Work, setting: Setting) -> Callable[..., Tensor]:
+        if "indexed" in work.tags:
+            return self._indexed(module)
+        return self._blocks(module) if "blocks" in work.tags else _fused(module, setting)
+
+    def _blocks(self, module: Any) -> Callable[[Tensor], Tensor]:
+        from slimkern.ops import BlockMask, block_masked_linear
+
+        bn, bk = module.block
+        N, K = module.weight.shape
+        mask = BlockMask.from_blocks(module.mask[::bn, ::bk].bool(), (bn, bk), (N, K))
+
+        def run(x: Tensor) -> Tensor:
+            return block_masked_linear(x, module.weight, module.bias, mask, backend=self.backend)
+
+        return run
 
     def _indexed(self, module: Any) -> Callable[[Tensor], Tensor]:
         from slimkern.ops import indexed_linear

@@ -1,5 +1,5 @@
 #include "simd/amx.h"
-#include "simd/avx512_rows.h"
+#include "simd/avx512_bf16_rows.h"
 #include "simd/scalar.h"
 
 #include "kernels/column_sum.inl.h"
@@ -11,13 +11,12 @@
 namespace slimkern {
 
 const KernelTable kAmx = {
-    {gemm_kernel<Avx512, float>(), gemm_kernel<Avx512, bf16_t>(),
-     gemm_kernel<Scalar<double>, double>()},
+    gemm_kernel<Scalar<double>>(),
     {column_sum<float>, column_sum<bf16_t>, column_sum<double>},
     {linear_kernel<FloatWords<Avx512>>(), tiled_linear_kernel<Avx512Bf16, AmxTiles, 1>(),
      tiled_linear_kernel<Avx512Bf16, AmxTiles, 2>(),
      tiled_linear_kernel<Avx512Bf16, AmxTiles, 3>()},
-    row_kernel<Avx512Rows>(),
+    row_kernel<Avx512Bf16Rows>(),
 };
 
 }  // namespace slimkern

@@ -10,8 +10,7 @@
 namespace slimkern {
 
 const KernelTable kAvx2 = {
-    {gemm_kernel<Avx2, float>(), gemm_kernel<Avx2, bf16_t>(),
-     gemm_kernel<Scalar<double>, double>()},
+    gemm_kernel<Scalar<double>>(),
     {column_sum<float>, column_sum<bf16_t>, column_sum<double>},
     {linear_kernel<FloatWords<Avx2>>(), linear_kernel<RoundedWords<Avx2>>(), {}, {}},
     row_kernel<Avx2Rows>(),

@@ -10,8 +10,7 @@
 namespace slimkern {
 
 const KernelTable kAvx512 = {
-    {gemm_kernel<Avx512, float>(), gemm_kernel<Avx512, bf16_t>(),
-     gemm_kernel<Scalar<double>, double>()},
+    gemm_kernel<Scalar<double>>(),
     {column_sum<float>, column_sum<bf16_t>, column_sum<double>},
     {linear_kernel<FloatWords<Avx512>>(), linear_kernel<RoundedWords<Avx512>>(), {}, {}},
     row_kernel<Avx512Rows>(),

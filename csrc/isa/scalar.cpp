@@ -9,8 +9,7 @@
 namespace slimkern {
 
 const KernelTable kScalar = {
-    {gemm_kernel<Scalar<float>, float>(), gemm_kernel<Scalar<float>, bf16_t>(),
-     gemm_kernel<Scalar<double>, double>()},
+    gemm_kernel<Scalar<double>>(),
     {column_sum<float>, column_sum<bf16_t>, column_sum<double>},
     {linear_kernel<FloatWords<Scalar<float>>>(), linear_kernel<RoundedWords<Scalar<float>>>(), {},
      {}},

@@ -93,9 +93,9 @@ inline typename Simd::Vec logistic(typename Simd::Vec x, typename Simd::Vec v) {
   return Simd::div(x, Simd::add(Simd::set(1.0f), e));
 }
 
-// x * P(z <= x) for a standard normal z.
+// P(z > |x|) for a standard normal z; zero beyond kPhiEnd.
 template <class Simd>
-inline typename Simd::Vec times_normal(typename Simd::Vec x) {
+inline typename Simd::Vec normal_tail(typename Simd::Vec x) {
   using Vec = typename Simd::Vec;
   const Vec a = Simd::min(Simd::set(kPhiEnd), Simd::abs(x));
   const Vec inverse = Simd::set(kPhiInverseStep), shift = Simd::set(kRound);
@@ -104,9 +104,23 @@ inline typename Simd::Vec times_normal(typename Simd::Vec x) {
   Vec phi = Simd::lookup(kPhi[5], piece);
 #pragma GCC unroll 5
   for (int i = 4; i >= 0; --i) phi = Simd::fmadd(phi, f, Simd::lookup(kPhi[i], piece));
+  return phi;
+}
+
+// x * P(z <= x), from the tail of x.
+template <class Simd>
+inline typename Simd::Vec times_tail(typename Simd::Vec x, typename Simd::Vec tail) {
+  using Vec = typename Simd::Vec;
+  const Vec a = Simd::min(Simd::set(kPhiEnd), Simd::abs(x));
   // x where it is positive, else 0: but NaN for -inf, as 0 * -inf has it.
   const Vec positive = Simd::sub(x, Simd::min(x, Simd::zero()));
-  return Simd::fnmadd(a, phi, positive);
+  return Simd::fnmadd(a, tail, positive);
+}
+
+// x * P(z <= x) for a standard normal z.
+template <class Simd>
+inline typename Simd::Vec times_normal(typename Simd::Vec x) {
+  return times_tail<Simd>(x, normal_tail<Simd>(x));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "kernel_table.h"
-#include "kernels/linear_pack.inl.h"
+#include "kernels/linear_operands.inl.h"
 
 namespace slimkern {
 namespace {
@@ -15,88 +15,14 @@ namespace {
 // Rows that stay in the second-level cache while all panels stream by.
 constexpr int kRowBlock = 96;
 
-template <class Words>
-constexpr int kPanel = Words::Simd::kWidth * Words::Simd::kVectors;
-
-// Words between rows of an operand: whole cache lines, and an odd number of them, so that the rows
-// of a tile do not compete for the same sets of the cache.
-template <class Words>
-int64_t row_words(int64_t K) {
-  const int64_t lines = (words_of(K, Words::kPerWord) + 15) / 16;
-  return 16 * (lines | 1);
-}
-
-template <class Words>
-int64_t linear_packed_bytes(int64_t N, int64_t K) {
-  const int64_t vectors = (N + Words::Simd::kWidth - 1) / Words::Simd::kWidth;
-  return vectors * Words::Simd::kWidth * words_of(K, Words::kPerWord) * 4;
-}
-
-// Vectors of the panel that begins `left` columns before the end.
-template <class Words>
-int panel_vectors(int64_t left) {
-  constexpr int kWidth = Words::Simd::kWidth;
-  const int64_t vectors = (left + kWidth - 1) / kWidth;
-  return clamp_count(vectors, Words::Simd::kVectors);
-}
-
-template <class Words, class T>
-void pack_weight(const MatView& w, int64_t N, int64_t K, float* packed) {
-  constexpr int kWidth = Words::Simd::kWidth;
-  const int64_t words = words_of(K, Words::kPerWord);
-  for (int64_t n0 = 0; n0 < N; n0 += kPanel<Words>) {
-    const int vectors = panel_vectors<Words>(N - n0);
-    const int64_t pitch = vectors * kWidth;
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t n = n0 + v * kWidth;
-      const int count = clamp_count(N - n, kWidth);
-      float* out = packed + n0 * words + v * kWidth;
-      for (int64_t k = 0; k < K; k += kBlock, out += kBlock / Words::kPerWord * pitch) {
-        typename Words::Vec block[kBlock];
-        const int depth = clamp_count(K - k, kBlock);
-        load_block<typename Words::Simd, T>(w, n, count, k, depth, block);
-        Words::store_block(block, depth, out, pitch);
-      }
-    }
-  }
-}
-
-template <class Words>
-void linear_pack(const MatView& w, DType dtype, int64_t N, int64_t K, void* packed) {
-  if (dtype == DType::kBFloat16) {
-    pack_weight<Words, bf16_t>(w, N, K, static_cast<float*>(packed));
-  } else {
-    pack_weight<Words, float>(w, N, K, static_cast<float*>(packed));
-  }
-}
-
-template <class Words>
-int64_t linear_operand_bytes(int64_t rows, int64_t K) {
-  return Words::kRowsInPlace ? 0 : rows * row_words<Words>(K) * 4;
-}
-
-template <class Words>
-void linear_load(const void* x, DType dtype, int64_t stride, int64_t rows, int64_t K,
-                 void* operand) {
-  if constexpr (!Words::kRowsInPlace) {
-    float* out = static_cast<float*>(operand);
-    for (int64_t i = 0; i < rows; ++i, out += row_words<Words>(K)) {
-      if (dtype == DType::kBFloat16) {
-        Words::load_row(static_cast<const bf16_t*>(x) + i * stride, K, out);
-      } else {
-        Words::load_row(static_cast<const float*>(x) + i * stride, K, out);
-      }
-    }
-  }
-}
-
 // One register tile and where it goes. All of its columns are there: a narrow one goes to a buffer.
 struct LinearTile {
   const float* x;
   int64_t x_stride;
-  int64_t words;
+  int64_t words;  // of the panel
   const float* panel;
-  const float* start;  // what the products are added to, or null
+  const int32_t* steps;  // the words of x that the panel has, or null: all of them
+  const float* start;    // what the products are added to, or null
   int64_t start_stride;
   float* out;
   int64_t out_stride;
@@ -118,10 +44,10 @@ struct TileShape {
   using Rows = const float* [kGroups];
 };
 
-// sums += x * panel over `run` words; both pointers move on.
-template <class Products, int kRows, int kVectors, int kPanels>
+// sums += x * panel over `run` words; all pointers move on, but for x where words are listed.
+template <class Products, int kRows, int kVectors, int kPanels, bool kListed>
 [[gnu::always_inline]] inline void add_run(
-    const LinearTile& t, int64_t run, const char*& ahead,
+    const LinearTile& t, int64_t run, const char*& ahead, const int32_t*& steps,
     typename TileShape<Products, kRows, kVectors, kPanels>::Rows& x, const float*& panel,
     typename TileShape<Products, kRows, kVectors, kPanels>::Sums& sums) {
   using Simd = typename Products::Simd;
@@ -136,22 +62,26 @@ template <class Products, int kRows, int kVectors, int kPanels>
       column[v] = Simd::load(panel + next + v % kVectors * Simd::kWidth);
       if (Shape::kKeep) Simd::keep(column[v]);
     }
+    const int64_t word = kListed ? *steps++ : 0;
+    const float* at = nullptr;
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
-      if (i % kGroup == 0) keep_pointer(x[i / kGroup]);
-      const auto row = Simd::broadcast(x[i / kGroup] + i % kGroup * t.x_stride);
+      if (i % kGroup == 0) {
+        at = x[i / kGroup] + word;
+        keep_pointer(at);
+        if (!kListed) x[i / kGroup] = at + 1;
+      }
+      const auto row = Simd::broadcast(at + i % kGroup * t.x_stride);
 #pragma GCC unroll 8
       for (int v = 0; v < kAll; ++v) sums[i][v] = Products::add(row, column[v], sums[i][v]);
     }
-#pragma GCC unroll 4
-    for (int g = 0; g < Shape::kGroups; ++g) ++x[g];
   }
 }
 
 // Each element of the result is summed in the same order, whatever tile it falls into, so that a
 // row does not depend on the rows beside it: words in runs of kRun, each from zero, and runs one
 // after the other on top of what they start from. Errors grow with the run, not with K.
-template <class Products, int kRows, int kVectors, int kPanels = 1>
+template <class Products, int kRows, int kVectors, int kPanels = 1, bool kListed = false>
 [[gnu::noinline]] void linear_tile(const LinearTile t) {
   using Simd = typename Products::Simd;
   using Shape = TileShape<Products, kRows, kVectors, kPanels>;
@@ -164,6 +94,7 @@ template <class Products, int kRows, int kVectors, int kPanels = 1>
 #pragma GCC unroll 4
   for (int g = 0; g < Shape::kGroups; ++g) x[g] = t.x + g * Shape::kGroup * t.x_stride;
   const float* panel = t.panel;
+  const int32_t* steps = t.steps;
   const float* start = t.start;
   const char* ahead = t.ahead;
   int64_t start_stride = t.start_stride, left = t.words;
@@ -175,7 +106,7 @@ template <class Products, int kRows, int kVectors, int kPanels = 1>
       for (int v = 0; v < kAll; ++v) sums[i][v] = Simd::zero();
     }
     const int64_t run = left < Products::kRun ? left : Products::kRun;
-    add_run<Products, kRows, kVectors, kPanels>(t, run, ahead, x, panel, sums);
+    add_run<Products, kRows, kVectors, kPanels, kListed>(t, run, ahead, steps, x, panel, sums);
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
@@ -206,7 +137,8 @@ void run_two_panels(int64_t rows, const LinearTile& t) {
 template <class Products, int kVectors, int kRows = Products::Simd::kMr>
 void run_tile(int rows, const LinearTile& t) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return linear_tile<Products, kRows, kVectors>(t);
+    if (rows == kRows && t.steps == nullptr) return linear_tile<Products, kRows, kVectors>(t);
+    if (rows == kRows) return linear_tile<Products, kRows, kVectors, 1, true>(t);
     run_tile<Products, kVectors, kRows - 1>(rows, t);
   }
 }
@@ -263,7 +195,7 @@ void linear_multiply(const void* operand, int64_t operand_stride, int64_t rows, 
     for (int64_t n0 = n.begin; n0 < n.end; n0 += step, panel += step * words, to += step) {
       // The next panel; behind the last one, the first of the next rows' or the next weight.
       const char* ahead = reinterpret_cast<const char*>(panel + kNr * words);
-      LinearTile t{x, stride, words, panel, nullptr, 0, to, out_stride, ahead, kNr * 4};
+      LinearTile t{x, stride, words, panel, nullptr, nullptr, 0, to, out_stride, ahead, kNr * 4};
       if (accumulate) {
         t.start = to;
         t.start_stride = out_stride;
@@ -283,14 +215,36 @@ void linear_multiply(const void* operand, int64_t operand_stride, int64_t rows, 
 }
 
 template <class Words>
+void linear_multiply_steps(const void* operand, int64_t operand_stride, int64_t rows, int64_t K,
+                           const void* panel, const int32_t* steps, int64_t count, int columns,
+                           const float* bias, float* out, int64_t out_stride) {
+  const int64_t stride = Words::kRowsInPlace ? operand_stride : row_words<Words>(K);
+  const float* weight = static_cast<const float*>(panel);
+  const int pitch = panel_vectors<Words>(columns) * Words::Simd::kWidth;
+  // The next panel lies behind the room that this one would take with all of its words.
+  const char* ahead = reinterpret_cast<const char*>(weight + pitch * words_of(K, Words::kPerWord));
+  const LinearTile t{static_cast<const float*>(operand), stride, count, weight, steps, bias, 0, out,
+                     out_stride, ahead, pitch * 4};
+  if (rows > 0) {
+    run_panel<typename Words::Products>(panel_vectors<Words>(columns), columns, rows, t);
+  }
+}
+
+template <class Words>
 constexpr LinearKernel linear_kernel() {
   return {Words::Simd::kMr,
           kPanel<Words>,
+          Words::Simd::kWidth,
+          Words::kPerWord,
           linear_packed_bytes<Words>,
           linear_pack<Words>,
           linear_operand_bytes<Words>,
           Words::kRowsInPlace ? nullptr : linear_load<Words>,
-          linear_multiply<Words>};
+          linear_turned_bytes<Words>,
+          linear_turn<Words>,
+          linear_multiply<Words>,
+          linear_pack_steps<Words>,
+          linear_multiply_steps<Words>};
 }
 
 }  // namespace

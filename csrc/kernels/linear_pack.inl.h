@@ -7,58 +7,18 @@
 #include <cstdint>
 
 #include "kernel_table.h"
+#include "kernels/view_blocks.inl.h"
 
 namespace slimkern {
 namespace {
 
-constexpr int kBlock = 16;  // depth (k) of the blocks that are packed at once
-
 inline int64_t words_of(int64_t K, int per_word) { return (K + per_word - 1) / per_word; }
 
-inline int clamp_count(int64_t left, int most) {
-  return left < most ? static_cast<int>(left < 0 ? 0 : left) : most;
-}
-
-// lanes[i][j] = data[column j, k i]; zero where there is no such column or no such k.
-template <int kWidth, class T>
-[[gnu::noinline]] void gather_block(const T* data, const MatView& w, int count, int depth,
-                                    float (&lanes)[kBlock][kWidth]) {
-  for (int i = 0; i < kBlock; ++i) {
-    for (int j = 0; j < kWidth; ++j) {
-      const bool there = i < depth && j < count;
-      lanes[i][j] = there ? widen(data[j * w.row_stride + i * w.col_stride]) : 0.f;
-    }
-  }
-}
-
-// block[i] = w[n .. n + count, k + i]; zero where there is no such column (count < kWidth) or no
-// such k (depth < kBlock). Whole blocks whose columns or k are neighbours are the fast ones.
-template <class Simd, class T>
-void load_block(const MatView& w, int64_t n, int count, int64_t k, int depth,
-                typename Simd::Vec (&block)[kBlock]) {
-  constexpr int kWidth = Simd::kWidth;
-  const T* data = static_cast<const T*>(w.data) + n * w.row_stride + k * w.col_stride;
-  const bool whole = count == kWidth && depth == kBlock;
-  if (whole && w.row_stride == 1) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kBlock; ++i) block[i] = Simd::load(data + i * w.col_stride);
-  } else if (whole && w.col_stride == 1) {
-#pragma GCC unroll 2
-    for (int part = 0; part < kBlock; part += kWidth) {
-      typename Simd::Vec rows[kWidth];
-#pragma GCC unroll 16
-      for (int j = 0; j < kWidth; ++j) rows[j] = Simd::load(data + j * w.row_stride + part);
-      Simd::transpose(rows);
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) block[part + i] = rows[i];
-    }
-  } else {
-    float lanes[kBlock][kWidth];
-    gather_block(data, w, count, depth, lanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kBlock; ++i) block[i] = Simd::load(lanes[i]);
-  }
-}
+// bfloat16 that is stored as such needs no rounding.
+template <class T>
+constexpr bool kRounded = false;
+template <>
+constexpr bool kRounded<bf16_t> = true;
 
 // The first `count` columns of rows.
 template <class Simd>
@@ -104,8 +64,10 @@ struct FloatWords {
   static constexpr int kPerWord = 1;
   static constexpr bool kRowsInPlace = true;
 
-  static void store_block(const Vec (&block)[kBlock], int depth, float* out, int64_t pitch) {
-    for (int i = 0; i < depth; ++i) Simd::store(out + i * pitch, block[i]);
+  // Word i of a block of elements that were stored as T.
+  template <class T>
+  static Vec word(const Vec (&block)[kBlock], int i) {
+    return block[i];
   }
 };
 
@@ -118,8 +80,9 @@ struct RoundedWords {
   static constexpr int kPerWord = 1;
   static constexpr bool kRowsInPlace = false;
 
-  static void store_block(const Vec (&block)[kBlock], int depth, float* out, int64_t pitch) {
-    for (int i = 0; i < depth; ++i) Simd::store(out + i * pitch, Simd::round_bf16(block[i]));
+  template <class T>
+  static Vec word(const Vec (&block)[kBlock], int i) {
+    return kRounded<T> ? block[i] : Simd::round_bf16(block[i]);
   }
   template <class T>
   static void load_row(const T* x, int64_t K, float* out) {
@@ -141,10 +104,11 @@ struct PairWords {
   static constexpr int kPerWord = 2;
   static constexpr bool kRowsInPlace = false;
 
-  static void store_block(const Vec (&block)[kBlock], int depth, float* out, int64_t pitch) {
-    for (int i = 0; i < depth; i += 2, out += pitch) {
-      Simd::store(out, Simd::pair(Simd::round_bf16(block[i]), Simd::round_bf16(block[i + 1])));
-    }
+  template <class T>
+  static Vec word(const Vec (&block)[kBlock], int i) {
+    const Vec &even = block[2 * i], &odd = block[2 * i + 1];
+    if constexpr (kRounded<T>) return Simd::pair(even, odd);
+    return Simd::pair(Simd::round_bf16(even), Simd::round_bf16(odd));
   }
   template <class T>
   static void load_row(const T* x, int64_t K, float* out) {

@@ -47,7 +47,9 @@ struct Products<3> {
 struct TiledBlock {
   const float* x;
   const float* panel;
-  int64_t depth;  // tiles
+  int64_t depth;         // tiles of x
+  const int32_t* steps;  // which of them the panel has, or null: all
+  int64_t count;         // how many
   const float* bias;  // or null
   bool accumulate;
   float* out;
@@ -127,9 +129,9 @@ struct TiledKernel {
     });
     constexpr int kStepA = kParts * kTileWords, kStepB = kInPanel * kStepA;
     const int64_t row_pitch = t.depth * kStepA, panel_pitch = t.depth * kStepB;
-    const float* x = t.x;
     const float* panel = t.panel;
-    for (int64_t k = 0; k < t.depth; ++k, x += kStepA, panel += kStepB) {
+    for (int64_t k = 0; k < t.count; ++k, panel += kStepB) {
+      const float* x = t.x + (t.steps == nullptr ? k : t.steps[k]) * kStepA;
       step<0>(x, panel, row_pitch);
       if constexpr (kColumnTiles > 2) step<1>(x, panel + panel_pitch, row_pitch);
     }
@@ -183,14 +185,16 @@ void run_tiled_rows(TiledBlock t, int64_t rows, Range n, const float* packed) {
   }
 }
 
+// steps: those of the only panel, or null.
 template <class Simd, class Tiles, int kParts>
-void tiled_multiply(const void* operand, int64_t, int64_t rows, int64_t K, const void* packed,
-                    Range n, const float* bias, bool accumulate, float* out, int64_t out_stride) {
+void multiply_tiles(const void* operand, int64_t rows, int64_t K, const void* packed, Range n,
+                    const int32_t* steps, int64_t count, const float* bias, bool accumulate,
+                    float* out, int64_t out_stride) {
   constexpr int kStep = 2 * kTileRows;
   const int64_t depth = tiles_of(K, kTileDepth), whole = rows - rows % kStep;
   const float* x = static_cast<const float*>(operand);
   const float* weight = static_cast<const float*>(packed);
-  TiledBlock t{x,   nullptr,    depth, bias, accumulate,
+  TiledBlock t{x,   nullptr,    depth, steps, count, bias, accumulate,
                out, out_stride, 0,     {kTileRows, kTileRows}};
   for (int64_t m = 0; m < whole; m += kTileRowBlock) {
     t.x = x + m * depth * kParts * (kTileDepth / 2);
@@ -208,14 +212,35 @@ void tiled_multiply(const void* operand, int64_t, int64_t rows, int64_t K, const
 }
 
 template <class Simd, class Tiles, int kParts>
+void tiled_multiply(const void* operand, int64_t, int64_t rows, int64_t K, const void* packed,
+                    Range n, const float* bias, bool accumulate, float* out, int64_t out_stride) {
+  multiply_tiles<Simd, Tiles, kParts>(operand, rows, K, packed, n, nullptr,
+                                      tiles_of(K, kTileDepth), bias, accumulate, out, out_stride);
+}
+
+template <class Simd, class Tiles, int kParts>
+void tiled_multiply_steps(const void* operand, int64_t, int64_t rows, int64_t K, const void* panel,
+                          const int32_t* steps, int64_t count, int columns, const float* bias,
+                          float* out, int64_t out_stride) {
+  multiply_tiles<Simd, Tiles, kParts>(operand, rows, K, panel, {0, columns}, steps, count, bias,
+                                      false, out, out_stride);
+}
+
+template <class Simd, class Tiles, int kParts>
 constexpr LinearKernel tiled_linear_kernel() {
   return {2 * kTileRows,
           kTilePanel,
+          kTileColumns,
+          kTileDepth,
           tiled_packed_bytes<kParts>,
           tiled_pack<Simd, kParts>,
           tiled_operand_bytes<kParts>,
           tiled_load<Simd, kParts>,
-          tiled_multiply<Simd, Tiles, kParts>};
+          tiled_operand_bytes<kParts>,
+          tiled_turn<Simd, kParts>,
+          tiled_multiply<Simd, Tiles, kParts>,
+          tiled_pack_steps<Simd, kParts>,
+          tiled_multiply_steps<Simd, Tiles, kParts>};
 }
 
 }  // namespace

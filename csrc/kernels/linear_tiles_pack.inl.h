@@ -30,24 +30,31 @@ int64_t tiled_operand_bytes(int64_t rows, int64_t K) {
   return tiles_of(rows, kTileRows) * tiles_of(K, kTileDepth) * kParts * kTileWords * 4;
 }
 
+// The pair of elements 2 i and 2 i + 1 of a block: its leading part, which is taken off, or all of
+// it, rounded, where it is the last part.
+template <class Simd>
+typename Simd::Vec take_pair(typename Simd::Vec (&block)[kBlock], int i, bool last) {
+  auto &even = block[2 * i], &odd = block[2 * i + 1];
+  const auto low = last ? Simd::round_bf16(even) : Simd::split_bf16(even);
+  const auto high = last ? Simd::round_bf16(odd) : Simd::split_bf16(odd);
+  return Simd::pair(low, high);
+}
+
 // One tile of the weight per part, the tiles of the parts `pitch` words apart.
-template <class Simd, int kParts, class T>
-void pack_tile(const MatView& w, int64_t n, int64_t N, int64_t k, int64_t K, float* out,
+template <class Simd, int kParts, class T, bool kMasked = false>
+void pack_tile(const MatView& w, const BitView& kept, Range n, int64_t k, int64_t K, float* out,
                int64_t pitch) {
   constexpr int kWidth = Simd::kWidth;
   for (int j = 0; j < kTileColumns; j += kWidth) {
     for (int i = 0; i < kTileDepth; i += kBlock) {
       typename Simd::Vec block[kBlock];
-      load_block<Simd, T>(w, n + j, clamp_count(N - n - j, kWidth), k + i,
-                          clamp_count(K - k - i, kBlock), block);
+      const BlockPlace at{n.begin + j, clamp_count(n.size() - j, kWidth), k + i,
+                          clamp_count(K - k - i, kBlock)};
+      load_block<Simd, T, kMasked>(w, kept, at, block);
       for (int pair = 0; pair < kBlock / 2; ++pair) {
         float* word = out + (i / 2 + pair) * kTileColumns + j;
         for (int part = 0; part < kParts; ++part, word += pitch) {
-          auto &even = block[2 * pair], &odd = block[2 * pair + 1];
-          const bool last = part + 1 == kParts;
-          const auto low = last ? Simd::round_bf16(even) : Simd::split_bf16(even);
-          const auto high = last ? Simd::round_bf16(odd) : Simd::split_bf16(odd);
-          Simd::store(word, Simd::pair(low, high));
+          Simd::store(word, take_pair<Simd>(block, pair, part + 1 == kParts));
         }
       }
     }
@@ -60,7 +67,7 @@ void pack_tiles(const MatView& w, int64_t N, int64_t K, float* out) {
     const int columns = N - n0 > kTileColumns ? 2 : 1;
     for (int64_t k = 0; k < K; k += kTileDepth, out += kParts * columns * kTileWords) {
       for (int j = 0; j < columns; ++j) {
-        pack_tile<Simd, kParts, T>(w, n0 + j * kTileColumns, N, k, K, out + j * kTileWords,
+        pack_tile<Simd, kParts, T>(w, {}, {n0 + j * kTileColumns, N}, k, K, out + j * kTileWords,
                                    columns * kTileWords);
       }
     }
@@ -73,6 +80,75 @@ void tiled_pack(const MatView& w, DType dtype, int64_t N, int64_t K, void* packe
     pack_tiles<Simd, kParts, bf16_t>(w, N, K, static_cast<float*>(packed));
   } else {
     pack_tiles<Simd, kParts, float>(w, N, K, static_cast<float*>(packed));
+  }
+}
+
+// Tiles that are listed, of one panel.
+template <class Simd, int kParts, class T>
+void pack_listed_tiles(const MatView& w, const BitView& kept, Range n, int64_t K,
+                       const int32_t* steps, int64_t count, float* out) {
+  const int columns = n.size() > kTileColumns ? 2 : 1;
+  for (int64_t s = 0; s < count; ++s, out += kParts * columns * kTileWords) {
+    for (int j = 0; j < columns; ++j) {
+      pack_tile<Simd, kParts, T, true>(w, kept, {n.begin + j * kTileColumns, n.end},
+                                       int64_t{steps[s]} * kTileDepth, K, out + j * kTileWords,
+                                       columns * kTileWords);
+    }
+  }
+}
+
+template <class Simd, int kParts>
+void tiled_pack_steps(const MatView& w, const BitView& kept, DType dtype, Range n, int64_t K,
+                      const int32_t* steps, int64_t count, void* panel) {
+  if (dtype == DType::kBFloat16) {
+    pack_listed_tiles<Simd, kParts, bf16_t>(w, kept, n, K, steps, count,
+                                            static_cast<float*>(panel));
+  } else {
+    pack_listed_tiles<Simd, kParts, float>(w, kept, n, K, steps, count,
+                                           static_cast<float*>(panel));
+  }
+}
+
+// Up to kWidth rows of one tile per part, from the columns of a view.
+template <class Simd, int kParts, class T>
+void turn_tile(const MatView& x, const BlockPlace& at, int64_t K, float* out) {
+  constexpr int kWidth = Simd::kWidth, kPairs = kBlock / 2;
+  typename Simd::Vec block[2][kBlock];
+  for (int half = 0; half < 2; ++half) {
+    const int64_t k = at.k + half * kBlock;
+    load_block<Simd, T>(x, {}, {at.n, at.count, k, clamp_count(K - k, kBlock)}, block[half]);
+  }
+  for (int part = 0; part < kParts; ++part, out += kTileWords) {
+    typename Simd::Vec words[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      words[i] = take_pair<Simd>(block[i / kPairs], i % kPairs, part + 1 == kParts);
+    }
+    for (int from = 0; from < kBlock; from += kWidth) {
+      typename Simd::Vec turned[kWidth];
+      for (int j = 0; j < kWidth; ++j) turned[j] = words[from + j];
+      Simd::transpose(turned);
+      for (int j = 0; j < at.count; ++j) {
+        Simd::store(out + j * (kTileDepth / 2) + from, turned[j]);
+      }
+    }
+  }
+}
+
+template <class Simd, int kParts>
+void tiled_turn(const MatView& x, DType dtype, int64_t rows, int64_t K, void* operand) {
+  constexpr int kWidth = Simd::kWidth;
+  const int64_t depth = tiles_of(K, kTileDepth);
+  for (int64_t i = 0; i < rows; i += kWidth) {
+    float* out = static_cast<float*>(operand) + i / kTileRows * depth * kParts * kTileWords +
+                 i % kTileRows * (kTileDepth / 2);
+    for (int64_t k = 0; k < K; k += kTileDepth, out += kParts * kTileWords) {
+      const BlockPlace at{i, clamp_count(rows - i, kWidth), k, kBlock};
+      if (dtype == DType::kBFloat16) {
+        turn_tile<Simd, kParts, bf16_t>(x, at, K, out);
+      } else {
+        turn_tile<Simd, kParts, float>(x, at, K, out);
+      }
+    }
   }
 }
 

@@ -16,6 +16,7 @@ struct AllLanes {
   Vec load(const T* p) const { return Simd::load(p); }
   template <class T>
   void store(T* p, Vec v) const { Simd::store(p, v); }
+  static uint32_t bits() { return (1u << Simd::kWidth) - 1; }
   // v in these lanes, `other` elsewhere
   Vec pick(Vec v, Vec /* other */) const { return v; }
 };
@@ -29,6 +30,7 @@ struct FirstLanes {
   Vec load(const T* p) const { return Simd::load_first(p, count); }
   template <class T>
   void store(T* p, Vec v) const { Simd::store_first(p, v, count); }
+  uint32_t bits() const { return (1u << count) - 1; }
   Vec pick(Vec v, Vec other) const { return Simd::select(Simd::first_lanes(count), v, other); }
 };
 
@@ -95,6 +97,30 @@ void convert(const void* x, DType from, int64_t x_stride, void* out, DType to, i
                                : (narrow_to ? convert_rows<Simd, float, bf16_t>
                                             : convert_rows<Simd, float, float>);
   run(x, x_stride, out, out_stride, rows, cols);
+}
+
+template <class Simd, class To>
+void keep_rows(const float* x, int64_t x_stride, const uint8_t* bits, int64_t row_bytes, To* out,
+               int64_t out_stride, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i, x += x_stride, bits += row_bytes, out += out_stride) {
+    for_columns<Simd>(cols, [&](int64_t j, auto lanes, int) {
+      uint32_t here;
+      __builtin_memcpy(&here, bits + (j >> 3), 4);
+      lanes.store(out + j, Simd::load_bits(x + j, here >> (j & 7) & lanes.bits()));
+    });
+  }
+}
+
+template <class Simd>
+void keep(const float* x, int64_t x_stride, const uint8_t* bits, int64_t row_bytes, DType to,
+          void* out, int64_t out_stride, int64_t rows, int64_t cols) {
+  if (to == DType::kBFloat16) {
+    keep_rows<Simd>(x, x_stride, bits, row_bytes, static_cast<bf16_t*>(out), out_stride, rows,
+                    cols);
+  } else {
+    keep_rows<Simd>(x, x_stride, bits, row_bytes, static_cast<float*>(out), out_stride, rows,
+                    cols);
+  }
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstdint>
+
 #include "dtypes.h"
 
 namespace slimkern {
@@ -31,6 +33,19 @@ struct Avx2 {
   // The first n of the lanes, 0 <= n <= kWidth; the others are zero, and are not touched.
   static Vec load_first(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static void store_first(float* p, Vec v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+  // The lanes of set bits; the others are zero, and are not touched.
+  static Vec load_bits(const float* p, uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+    return _mm256_maskload_ps(p, _mm256_cmpeq_epi32(set, lane));
+  }
+  static Vec load_bits(const bf16_t* p, uint32_t bits) {
+    alignas(16) bf16_t lanes[kWidth] = {};
+    for (int i = 0; i < kWidth; ++i) {
+      if (bits >> i & 1u) lanes[i] = p[i];
+    }
+    return load(lanes);
+  }
   static Vec load(const bf16_t* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
   static Vec load_first(const bf16_t* p, int n) {
     alignas(16) bf16_t lanes[kWidth] = {};

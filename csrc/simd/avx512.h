@@ -8,6 +8,8 @@
 #endif
 #include <immintrin.h>
 
+#include <cstdint>
+
 #include "dtypes.h"
 
 namespace slimkern {
@@ -34,6 +36,13 @@ struct Avx512 {
   // The first n of the lanes, 0 <= n <= kWidth; the others are zero, and are not touched.
   static Vec load_first(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  // The lanes of set bits; the others are zero, and are not touched.
+  static Vec load_bits(const float* p, uint32_t bits) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p);
+  }
+  static Vec load_bits(const bf16_t* p, uint32_t bits) {
+    return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(bits), p));
+  }
   static Vec load(const bf16_t* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static Vec load_first(const bf16_t* p, int n) {
     return widen(_mm256_maskz_loadu_epi16(first(n), p));

@@ -30,6 +30,11 @@ struct Scalar {
   static void store_first(T* p, Vec v, int n) {
     if (n > 0) *p = v;
   }
+  // The lanes of set bits; the others are zero, and are not touched.
+  template <class S>
+  static Vec load_bits(const S* p, uint32_t bits) {
+    return bits & 1u ? Vec(widen(*p)) : T(0);
+  }
   static Vec load(const bf16_t* p) { return widen(*p); }
   static Vec load_first(const bf16_t* p, int n) { return n > 0 ? widen(*p) : T(0); }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from slimkern.ops._columns import zero_columns_ as zero_columns_
 from slimkern.ops.indexed_linear import indexed_linear
 
 

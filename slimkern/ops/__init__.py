@@ -30,6 +30,8 @@ from slimkern.ops.embeddings import embeddings
 from slimkern.ops.encoder_layer import encoder_layer
 from slimkern.ops.ffn import ffn
 from slimkern.ops.indexed_linear import check_index, indexed_linear
+from slimkern.ops.masked_attention import masked_attention
+from slimkern.ops.masked_ffn import masked_ffn
 from slimkern.ops.packed_linear import packed_linear
 
 __all__ = [
@@ -51,6 +53,8 @@ __all__ = [
     "encoder_layer",
     "ffn",
     "indexed_linear",
+    "masked_attention",
+    "masked_ffn",
     "pack_attention_block",
     "pack_encoder_layer",
     "pack_ffn",

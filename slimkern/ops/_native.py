@@ -61,6 +61,17 @@ layer_scratch: Callable[..., int] = _C.layer_scratch
 layer: Callable[..., None] = _C.layer
 embeddings_scratch: Callable[..., int] = _C.embeddings_scratch
 embeddings: Callable[..., None] = _C.embeddings
+plain_linear_scratch: Callable[..., int] = _C.plain_linear_scratch
+plain_linear: Callable[..., None] = _C.plain_linear
+plain_gradient_scratch: Callable[..., int] = _C.plain_gradient_scratch
+plain_gradient: Callable[..., None] = _C.plain_gradient
+activate: Callable[..., None] = _C.activate
+activation_grad: Callable[..., None] = _C.activation_grad
+norm_forward: Callable[..., None] = _C.norm_forward
+norm_grad: Callable[..., None] = _C.norm_grad
+row_sums_scratch: Callable[..., int] = _C.row_sums_scratch
+drop: Callable[..., None] = _C.drop
+zero_columns: Callable[..., bool] = _C.zero_columns
 
 _forked = False
 
@@ -111,6 +122,16 @@ def vec(tensor: Tensor, index: Tensor | None = None) -> Vec:
     """A 1-D tensor, any stride, of which the entries ``index`` are selected (None: all)."""
     address = 0 if index is None else index.data_ptr()
     return (tensor.data_ptr(), tensor.stride(0), address, tensor.shape[0])
+
+
+def neighbours(tensor: Tensor) -> Tensor:
+    """A matrix whose columns are neighbours, as the row kernels take it: itself, or a copy."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """A matrix whose columns are neighbours: its address and row stride."""
+    return tensor.data_ptr(), tensor.stride(0)
 
 
 def transposed(view: Mat) -> Mat:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -26,13 +26,17 @@ class Backends:
     Attributes:
         package: the op's package; backend ``cpu`` is its module ``cpu``.
         default: device type -> name of the backend used where none is asked for.
+        fast: (device type, dtype) -> name of one that is preferred to it.
     """
 
     package: str
     default: dict[str, str]
+    fast: dict[tuple[str, torch.dtype], str] = field(default_factory=dict)
 
-    def choose(self, backend: str | None, device: torch.device) -> str:
-        """The backend for tensors on ``device``.
+    def choose(
+        self, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
+    ) -> str:
+        """The backend for tensors of ``dtype`` on ``device``.
 
         Raises:
             ValueError: an unknown backend, or one that does not run on that device.
@@ -42,7 +46,8 @@ class Backends:
                 raise ValueError(
                     f"x is on device {device.type!r}; accepted: {', '.join(self.default)}"
                 )
-            return self.default[device.type]
+            name = self.default[device.type]
+            return name if dtype is None else self.fast.get((device.type, dtype), name)
         if backend not in _DEVICES:
             raise ValueError(f"backend is {backend!r}; accepted: None, {', '.join(_DEVICES)}")
         if device.type not in _DEVICES[backend] and not (backend == "triton" and _interpreted()):
@@ -64,15 +69,20 @@ def _implementation(package: str, backend: str, name: str) -> Callable[..., Any]
 
 
 def define_op(
-    name: str, arguments: str, fake: Callable[..., Any], backends: Backends
+    name: str,
+    arguments: str,
+    fake: Callable[..., Any],
+    backends: Backends,
+    returns: str = "Tensor",
 ) -> Callable[..., Any]:
     """Registers ``slimkern::name`` for CPU and CUDA and returns its overload.
 
     Args:
         name: the op's, and the function's in each backend's module.
-        arguments: the schema's argument list without the backend; the op returns one tensor.
+        arguments: the schema's argument list without the backend.
         fake: shapes and dtypes of the result, from the arguments without the backend.
         backends: the op's table.
+        returns: the schema's results.
     """
     package = backends.package
 
@@ -82,7 +92,7 @@ def define_op(
     def fake_with_backend(*args: Any) -> Any:
         return fake(*args[:-1])
 
-    _LIBRARY.define(f"{name}({arguments}, str backend) -> Tensor")
+    _LIBRARY.define(f"{name}({arguments}, str backend) -> {returns}")
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, compute, key)
     torch.library.register_fake(f"slimkern::{name}", fake_with_backend, lib=_LIBRARY)

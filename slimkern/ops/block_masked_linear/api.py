@@ -10,11 +10,14 @@ from torch import Tensor
 
 from slimkern.ops._block_mask import BlockMask
 from slimkern.ops._linear import autocast_linear, check_device, check_linear
+from slimkern.ops._plain import FAST
 from slimkern.ops._registry import Backends, define_op
 from slimkern.ops.indexed_linear.api import linear_db, linear_dw
 
 BACKENDS = Backends(
-    __package__, default={"cpu": "reference", "cuda": "reference", "meta": "reference"}
+    __package__,
+    default={"cpu": "reference", "cuda": "reference", "meta": "reference"},
+    fast=FAST,
 )
 
 
@@ -124,7 +127,8 @@ def block_masked_linear(
         bias: [N], or None.
         mask: of the weight's shape, on its device.
         dense_gradient: the gradient of the weight is dyᵀ x everywhere.
-        backend: ``reference``, ``cpu``, or None for the device's default.
+        backend: ``reference``, ``cpu``, or None for the default of the device and
+            dtype: on CPUs ``cpu`` for float32 and bfloat16, else ``reference``.
 
     Returns:
         [..., N], in the dtype of x.
@@ -133,8 +137,8 @@ def block_masked_linear(
         ValueError: a shape, a device or the backend does not fit.
         TypeError: a dtype does not fit, or the mask is no BlockMask.
     """
-    name = BACKENDS.choose(backend, x.device)
     x, weight, bias = autocast_linear(x, weight, bias)
+    name = BACKENDS.choose(backend, x.device, x.dtype)
     _check(x, weight, bias, mask)
     leading = x.shape[:-1]
     folded = x if x.dim() == 2 else x.reshape(prod(leading), x.shape[-1])

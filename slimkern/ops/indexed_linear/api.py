@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from slimkern.ops._linear import autocast_linear, check_device, check_linear
+from slimkern.ops._plain import FAST
 from slimkern.ops._registry import Backends, define_op
 
 BACKENDS = Backends(
-    __package__, default={"cpu": "reference", "cuda": "triton", "meta": "reference"}
+    __package__,
+    default={"cpu": "reference", "cuda": "triton", "meta": "reference"},
+    fast=FAST,
 )
 
 
@@ -129,7 +132,8 @@ def indexed_linear(
         bias: [N], or None.
         rows: kept rows of weight, int64 [R], sorted, unique; or None.
         cols: kept columns of weight, int64 [C], sorted, unique; or None.
-        backend: ``reference``, ``cpu``, ``triton``, or None for the device's default.
+        backend: ``reference``, ``cpu``, ``triton``, or None for the default of the device and
+            dtype: on CPUs ``cpu`` for float32 and bfloat16, else ``reference``.
 
     Returns:
         [..., R], in the dtype of x.
@@ -138,8 +142,8 @@ def indexed_linear(
         ValueError: a shape, a device or the backend does not fit.
         TypeError: a dtype does not fit.
     """
-    name = BACKENDS.choose(backend, x.device)
     x, weight, bias = autocast_linear(x, weight, bias)
+    name = BACKENDS.choose(backend, x.device, x.dtype)
     _check(x, weight, bias, rows, cols)
     if rows is not None and rows.shape[0] == weight.shape[0]:
         rows = None
