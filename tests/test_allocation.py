@@ -235,7 +235,7 @@ def test_forwards_of_features_in_the_models_dtype():
 
 
 def test_really_timed(tmp_path):
-    """No stub: a tiny model, its table on disk. Which width is fast enough is the clock's affair."""
+    """No stub: a tiny model, its table on disk. Which width it takes, the clock decides."""
     model = mlp(64, 512, 64, 32).eval()
     x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
     result = one_shot(
