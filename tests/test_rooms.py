@@ -108,6 +108,14 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_native.py", {"torch", "slimkern._C"}),
     ("ops/_tile.py", {"torch", "triton"}),
     ("ops/_activations.py", {"triton"}),
+    (
+        "ops/_gemm_kernels.py",
+        {"triton", "slimkern.ops._activations", "slimkern.ops._tile"},
+    ),
+    (
+        "ops/_gemm.py",
+        {"torch", "triton", "slimkern.ops._gemm_kernels", "slimkern.ops._tile"},
+    ),
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
     ("ops/_linear.py", {"torch"}),

@@ -13,41 +13,12 @@ from slimkern.ops import indexed_linear
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from slimkern.ops import _tile
+from triton_cases import DEVICES, DTYPE_IDS, DTYPES, GPU, INTERPRETED, skip_interpreted_bf16
+
+from slimkern.ops import _gemm, _tile
 from slimkern.ops.indexed_linear import triton as kernels
 
-GPU = torch.cuda.is_available()
-INTERPRETED = _tile.INTERPRETED.value
-DEVICES = [
-    pytest.param(
-        "cpu",
-        id="interpreter",
-        marks=pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not set"),
-    ),
-    pytest.param(
-        "cuda",
-        id="gpu",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not GPU or INTERPRETED, reason="no GPU, or interpreted"),
-        ],
-    ),
-]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DTYPE_IDS = ["fp32", "fp16", "bf16"]
 SMALL = Case((17,), 63, 130, R=17, C=63)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN: what a kernel forgets to write, or reads too early, shows."""
-    empty = torch.empty
-
-    def nan_empty(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", nan_empty)
 
 
 def op(x, weight, bias, rows, cols):
@@ -63,8 +34,7 @@ def test_a_machine_without_a_gpu_interprets():
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_every_result_is_within_eager_error(case, dtype, device, poisoned):
-    if dtype == torch.bfloat16 and device == "cpu":
-        pytest.skip("the interpreter cuts bfloat16 results off instead of rounding them")
+    skip_interpreted_bf16(dtype, device)
     inputs = make_inputs(case, dtype, device)
     assert_within_eager_error(run_module(kernels, inputs), inputs)
 
@@ -214,7 +184,7 @@ def test_float32_follows_the_newer_setting():
 
 
 def test_choice_of_tiles():
-    for tiles in (kernels._HALF_TILES, kernels._NARROW_TILES, kernels._FLOAT_TILES):
+    for tiles in (_gemm.HALF_TILES, _gemm.NARROW_TILES, _gemm.FLOAT_TILES):
         assert len(tiles) <= 8
         # Enough output for a GPU: the largest tile; a handful of tokens: the least padding.
         assert _tile.choose_tile(tiles, 1 << 14, 1 << 12) == tiles[0]

@@ -11,7 +11,8 @@ memory is full.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -149,6 +150,13 @@ def launch_options(tile: Tile) -> dict[str, int]:
     """
     stages = min(tile.stages, 2) if ON_AMD else tile.stages
     return {"num_warps": tile.warps, "num_stages": stages}
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the GPU of ``tensor`` the current one; costs next to nothing where it already is."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:

@@ -1,0 +1,186 @@
+"""The products that the ops' Triton kernels are made of, each against the equation in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from triton_cases import (
+    DEVICES,
+    DTYPE_IDS,
+    DTYPES,
+    assert_sum_of_products,
+    skip_interpreted_bf16,
+)
+
+from slimkern.ops import _gemm
+from slimkern.ops.activation.api import ACTIVATIONS
+from slimkern.ops.activation.reference import activation_fwd
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+SIZES = [(1, 1, 1), (17, 63, 130), (130, 17, 63), (64, 130, 64), (5, 9, 0), (3, 0, 7), (0, 4, 5)]
+devices = pytest.mark.parametrize("device", DEVICES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+
+
+def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
+    """Normal numbers rounded to ``dtype``; no memory of theirs is uninitialised."""
+    g = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(device)
+
+
+def keep(size, kept, device):
+    """``kept`` sorted indices of ``size``."""
+    g = torch.Generator().manual_seed(size)
+    return torch.randperm(size, generator=g)[:kept].sort().values.to(device)
+
+
+def equation(x, w, bias, activation, residual):
+    """In the dtype of its arguments: ``(y, h)``."""
+    h = F.linear(x, w, bias)
+    y = activation_fwd(h, activation)
+    return (y if residual is None else y + residual), h
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_product_with_its_epilogue(size, activation, dtype, device):
+    skip_interpreted_bf16(dtype, device)
+    M, N, K = size
+    x, w = normal(M, K, dtype=dtype, device=device), normal(2 * N + 1, K, dtype=dtype)
+    w, rows = w.to(device), keep(2 * N + 1, N, device)
+    bias = normal(2 * N + 1, dtype=dtype, device=device)
+    residual = normal(M, N, dtype=dtype, device=device, seed=3)
+    out = _gemm.empty_padded(M, N, x)
+    y, h = _gemm.product(
+        x, w, bias, rows, activation=activation, keep_input=True, residual=residual, out=out
+    )
+    assert y is out
+    parts = [x, w[rows], bias[rows]]
+    want, want_h = equation(*(p.double() for p in parts), activation, residual.double())
+    eager, eager_h = equation(*parts, activation, residual)
+    large = F.linear(*(p.double().abs() for p in parts))
+    assert_sum_of_products(h, want_h, eager_h, large, K + 1)
+    # No activation here is steeper than 1.2; two roundings of the sum follow it.
+    assert_sum_of_products(y, want, eager, 1.2 * large + residual.abs(), K + 3)
+
+
+@devices
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_in_both_epilogues(activation, device):
+    M, N, K = 17, 21, 35
+    x = normal(M, K, device=device)
+    gate, up = (normal(N, K, device=device, seed=i) / 6 for i in (1, 2))
+    b1, b2 = (normal(N, device=device, seed=i) for i in (3, 4))
+
+    def gated(x, gate, up, b1, b2):
+        return activation_fwd(F.linear(x, gate, b1), activation) * F.linear(x, up, b2)
+
+    want, eager = gated(*(p.double() for p in (x, gate, up, b1, b2))), gated(x, gate, up, b1, b2)
+    size = F.linear(x.abs(), gate.abs(), b1.abs()), F.linear(x.abs(), up.abs(), b2.abs())
+    steep = 2.0 * size[0].max() if activation == "squared_relu" else 1.2
+    got = _gemm.gated_product(x, gate, up, b1, b2, activation=activation)
+    assert_sum_of_products(got, want, eager, 2 * steep * size[0] * size[1], K + 3)
+    want, eager = (
+        equation(x.to(t), gate.to(t), b1.to(t), activation, None)[0]
+        for t in (torch.float64, torch.float32)
+    )
+    got = _gemm.product(x, gate, b1, activation=activation)
+    assert_sum_of_products(got, want, eager, steep * size[0], K + 3)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_product(size, bias, dtype, device):
+    skip_interpreted_bf16(dtype, device)
+    M, N, K = size
+    parts = [normal(M, K, dtype=dtype, device=device)]
+    parts += [normal(N, K, dtype=dtype, device=device, seed=i) for i in (1, 2)]
+    parts += [normal(N, dtype=dtype, device=device, seed=i) for i in (3, 4)] if bias else [None] * 2
+
+    def gated(x, gate, up, b1, b2):
+        return F.linear(x, gate, b1).relu() * F.linear(x, up, b2)
+
+    def each(f):
+        return [None if p is None else f(p) for p in parts]
+
+    x, gate, up, b1, b2 = each(lambda p: p.double().abs())
+    large = 2 * F.linear(x, gate, b1) * F.linear(x, up, b2)
+    got = _gemm.gated_product(*parts, activation="relu")
+    want = gated(*each(torch.Tensor.double))
+    assert_sum_of_products(got, want, gated(*parts), large, K + 2)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gradient_of_the_input(size, dtype, device):
+    skip_interpreted_bf16(dtype, device)
+    M, R, K = size
+    gy = normal(M, R, dtype=dtype, device=device)
+    w, rows = normal(R + 3, K, dtype=dtype, device=device), keep(R + 3, R, device)
+    got = _gemm.product_dx(gy, w, rows)
+    want, large = gy.double() @ w[rows].double(), gy.double().abs() @ w[rows].double().abs()
+    assert_sum_of_products(got, want, gy @ w[rows], large, R)
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("kept", ["all", "rows", "cols", "both"])
+@pytest.mark.parametrize("size", [*SIZES, (1030, 20, 9)], ids=str)
+def test_gradient_of_the_weight(size, kept, dtype, device):
+    skip_interpreted_bf16(dtype, device)
+    M, R, C = size
+    N, K = R + 70 * (kept in ("rows", "both")), C + 150 * (kept in ("cols", "both"))
+    gy = normal(M, R, dtype=dtype, device=device)
+    x = normal(M, C, dtype=dtype, device=device, seed=1)
+    rows = keep(N, R, device) if N > R else None
+    cols = keep(K, C, device) if K > C else None
+    got = _gemm.product_dw(gy, x, rows=rows, cols=cols, shape=(N, K))
+    assert got.shape == (N, K)
+    r = torch.arange(N, device=device) if rows is None else rows
+    c = torch.arange(K, device=device) if cols is None else cols
+    inside = torch.zeros(N, K, dtype=torch.bool, device=device)
+    inside[r[:, None], c] = True
+    assert (got[~inside] == 0).all()
+    large = gy.double().abs().t() @ x.double().abs()
+    assert_sum_of_products(
+        got[r[:, None], c], gy.double().t() @ x.double(), gy.t() @ x, large, max(M, 1)
+    )
+
+
+@devices
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [None, 0, 17, 70])
+@pytest.mark.parametrize("cols", [None, 0, 5, 133])
+def test_compact_copy(rows, cols, transposed, device):
+    w = normal(140, 70, device=device).t()
+    r = None if rows is None else keep(70, rows, device)
+    c = None if cols is None else keep(140, cols, device)
+    part = w if r is None else w[r]
+    part = part if c is None else part[:, c]
+    want = F.pad(part, (0, -part.shape[1] % 64, 0, -part.shape[0] % 64))
+    got = _gemm.gathered(w, r, c, transposed=transposed)
+    assert got.is_contiguous()
+    assert torch.equal(got, want.t() if transposed else want)
+
+
+@devices
+def test_products_of_differing_widths(device):
+    sizes = [(17, 5, 33), (17, 63, 130), (1, 130, 64), (40, 1, 7)]
+    xs = [normal(m, k, device=device) for m, _, k in sizes]
+    ws = [normal(n, k, device=device, seed=1) for _, n, k in sizes]
+    biases = [normal(n, device=device) if n > 1 else None for _, n, _ in sizes]
+    for got, x, w, bias in zip(_gemm.grouped_products(xs, ws, biases), xs, ws, biases, strict=True):
+        want, large = (
+            F.linear(*(None if p is None else f(p.double()) for p in (x, w, bias)))
+            for f in (torch.clone, torch.abs)
+        )
+        assert_sum_of_products(got, want, F.linear(x, w, bias), large, x.shape[1] + 1)
