@@ -153,6 +153,7 @@ def product(
     keep_input: bool = False,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    input_precision: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``y = a(h) + residual`` with ``h = x @ W[rows]^T + b[rows]``; ``(y, h)`` on ``keep_input``.
 
@@ -164,7 +165,8 @@ def product(
         activation: one of `slimkern.ops.activation.api.ACTIVATIONS`.
         keep_input: also return ``h``, in the dtype of x, its rows as far apart as those of ``y``.
         residual: [M, R], added in float32 before the one rounding; or None.
-        out: [M, R] to write to, neighbours in a row side by side; or None.
+        out: [M, R] to write to, of any floating dtype, neighbours in a row side by side; or None.
+        input_precision: of float32 products, ``ieee`` or ``tf32``; None: what torch's settings ask.
 
     Raises:
         TypeError: a dtype other than float32, float16 or bfloat16.
@@ -175,7 +177,9 @@ def product(
     R = w.shape[0] if rows is None else rows.shape[0]
     y = torch.empty((M, R), dtype=x.dtype, device=x.device) if out is None else out
     h = empty_padded(M, R, x, max(y.stride(0), 1)) if keep_input else None
-    _launch_product(x, w, w.stride(0), w.stride(1), bias, rows, residual, h, y, activation)
+    _launch_product(
+        x, w, w.stride(0), w.stride(1), bias, rows, residual, h, y, activation, input_precision
+    )
     return y if h is None else (y, h)
 
 
@@ -206,6 +210,7 @@ def _launch_product(
     h: Tensor | None,
     y: Tensor,
     activation: str,
+    input_precision: str | None = None,
 ) -> None:
     """One launch for y [M, N]; the weight's strides say which of its sides is summed over."""
     (M, N), K = y.shape, x.shape[1]
@@ -222,7 +227,7 @@ def _launch_product(
             y.stride(0),
             HAS_ROWS=rows is not None, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, KEEPS=h is not None, ACTIVATION=activation,
-            ALIGN=align, TAIL=K % tile.k != 0, PRECISION=precision(x.dtype),
+            ALIGN=align, TAIL=K % tile.k != 0, PRECISION=input_precision or precision(x.dtype),
             BLOCK_M=tile.a, BLOCK_N=tile.b, BLOCK_K=tile.k, GROUP=GROUP,
             **launch_options(tile),
         )  # fmt: skip
@@ -237,10 +242,11 @@ def gated_product(
     *,
     activation: str,
     out: Tensor | None = None,
+    input_precision: str | None = None,
 ) -> Tensor:
     """``a(x @ Wg^T + bg) * (x @ Wu^T + bu)``, x read once: x [M, K], gate and up [N, K] -> [M, N].
 
-    Both biases, or neither. ``out`` as in `product`.
+    Both biases, or neither. ``out`` and ``input_precision`` as in `product`.
 
     Raises:
         TypeError: a dtype other than float32, float16 or bfloat16.
@@ -262,7 +268,7 @@ def gated_product(
             M, N, K,
             *x.stride(), *gate.stride(), *up.stride(), y.stride(0),
             HAS_BIAS=gate_bias is not None, ACTIVATION=activation,
-            ALIGN=align, TAIL=K % tile.k != 0, PRECISION=precision(x.dtype),
+            ALIGN=align, TAIL=K % tile.k != 0, PRECISION=input_precision or precision(x.dtype),
             BLOCK_M=tile.a, BLOCK_N=tile.b, BLOCK_K=tile.k, GROUP=GROUP,
             **launch_options(tile),
         )  # fmt: skip
