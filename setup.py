@@ -59,20 +59,22 @@ def target(cxx: Sequence[str]) -> str:
 def sources(machine: str, *, bindings: bool = True) -> dict[Path, list[str]]:
     """Source file -> its flags, for a target such as ``x86_64-linux-gnu``.
 
-    A target that is not x86-64 gets the scalar file alone. ``bindings=False`` leaves out the file
-    that needs Python's headers.
+    A target that is not x86-64 gets the scalar file alone. ``bindings=False`` leaves out the files
+    that need Python's headers.
     """
     x86 = machine.startswith(("x86_64", "amd64"))
     base = BASE_FLAGS + (X86_FLAGS if x86 else []) + openmp(machine) + [f"-I{CSRC}"]
     stems = list(ISA_FLAGS) if x86 else ["scalar"]
-    plan = {path: list(base) for path in sorted(CSRC.glob("*.cpp")) if path.stem != "bindings"}
+    ours = sorted(CSRC.glob("*.cpp"))
+    plan = {path: list(base) for path in ours if not path.stem.startswith("bindings")}
     plan |= {CSRC / "isa" / f"{stem}.cpp": base + ISA_FLAGS[stem] for stem in stems}
     if bindings:
         import pybind11
 
         includes = [sysconfig.get_paths()[k] for k in ("include", "platinclude")]
         includes += [pybind11.get_include()]
-        plan[CSRC / "bindings.cpp"] = base + [f"-I{path}" for path in dict.fromkeys(includes)]
+        found = [f"-I{path}" for path in dict.fromkeys(includes)]
+        plan |= {path: base + found for path in ours if path.stem.startswith("bindings")}
     return plan
 
 

@@ -65,6 +65,7 @@ def test_kernels_neither_allocate_nor_throw(kernel_objects):
             assert not re.search(r"_Znw|malloc|__cxa", output_of("nm", str(path))), name
 
 
+BINDINGS = {"bindings.cpp", "bindings_training.cpp"}
 ROOMS = {  # a file, or all files of a folder -> what it may include
     "dtypes.h": {"<cstdint>"},
     "kernel_table.h": {"<cstdint>", '"dtypes.h"'},
@@ -84,7 +85,7 @@ def test_csrc_includes_stay_in_their_rooms():
             included = re.findall(rf'#include (?!"{name.split("/")[0]}/)(\S+)', text)
             assert set(included) <= room, name
         if path.suffix != ".md":
-            assert ("pybind11" in text) <= (name == "bindings.cpp"), name
+            assert ("pybind11" in text) <= (name in BINDINGS), name
             assert ("#pragma omp" in text) <= (name == "parallel.h"), name
         if name.startswith(("simd/", "kernels/")):
             assert "std::" not in text, name
@@ -95,7 +96,7 @@ def test_each_target_gets_its_files():
     x86 = {path.name for path in setup.sources("x86_64-linux-gnu")}
     arm = setup.sources("aarch64-linux-gnu")
     wide = {"avx2.cpp", "avx512.cpp", "avx512_bf16.cpp", "amx.cpp"}
-    assert {"scalar.cpp", "bindings.cpp"} | wide <= x86
+    assert {"scalar.cpp", *BINDINGS} | wide <= x86
     assert {path.name for path in arm} == x86 - wide
     assert not any(flag.startswith("-m") for flags in arm.values() for flag in flags)
     for path, flags in setup.sources("x86_64-linux-gnu").items():
