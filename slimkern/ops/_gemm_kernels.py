@@ -206,20 +206,21 @@ def _product_dw_kernel(
 @triton.jit
 def find(index_ptr, size, wanted, HAS_INDEX: tl.constexpr, STEPS: tl.constexpr):
     """Where in the sorted index each of ``wanted`` stands, or would stand; and whether it does."""
-    if not HAS_INDEX:
-        return wanted, wanted < size
-    low = tl.zeros_like(wanted)
-    high = low + size
-    for _ in tl.static_range(STEPS):
-        middle = (low + high) // 2
-        searching = low < high
-        here = tl.load(index_ptr + middle, mask=searching, other=0)
-        low, high = (
-            tl.where(searching & (here < wanted), middle + 1, low),
-            tl.where(searching & (here >= wanted), middle, high),
-        )
-    found = tl.load(index_ptr + low, mask=low < size, other=-1) == wanted
-    return low, found
+    place, found = wanted, wanted < size
+    if HAS_INDEX:
+        low = tl.zeros_like(wanted)
+        high = low + size
+        for _ in tl.static_range(STEPS):
+            middle = (low + high) // 2
+            searching = low < high
+            here = tl.load(index_ptr + middle, mask=searching, other=0)
+            low, high = (
+                tl.where(searching & (here < wanted), middle + 1, low),
+                tl.where(searching & (here >= wanted), middle, high),
+            )
+        place = low
+        found = tl.load(index_ptr + low, mask=low < size, other=-1) == wanted
+    return place, found
 
 
 @triton.jit
