@@ -38,7 +38,7 @@ class Backend:
         """
         kernels = {x.dtype, dtype} <= {torch.float32, torch.bfloat16}
         return cls(
-            LINEARS.choose(backend, x.device),
+            LINEARS.choose(backend, x.device, dtype),
             ROWS.choose(None if kernels and backend != "reference" else "reference", x.device),
         )
 
