@@ -115,17 +115,20 @@ def _four(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def into_readme(readme: str, table: str, name: str = "README.md") -> str:
+def into_readme(
+    readme: str, table: str, name: str = "README.md", markers: tuple[str, str] = (START, END)
+) -> str:
     """The README with the table between its two markers.
 
     Raises:
         ValueError: the markers are not there once each, in their order.
     """
-    parts = readme.split(START)
-    rest = parts[-1].split(END)
+    start, end = markers
+    parts = readme.split(start)
+    rest = parts[-1].split(end)
     if len(parts) != 2 or len(rest) != 2:
-        raise ValueError(f"{name} does not hold {START!r} and then {END!r}, once each")
-    return f"{parts[0]}{START}\n\n{table.strip()}\n\n{END}{rest[1]}"
+        raise ValueError(f"{name} does not hold {start!r} and then {end!r}, once each")
+    return f"{parts[0]}{start}\n\n{table.strip()}\n\n{end}{rest[1]}"
 
 
 def _write(path: Path, text: str) -> None:

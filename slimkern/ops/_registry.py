@@ -6,17 +6,22 @@ beside the op's ``api.py``, imported when it is first used: nothing imports trit
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 _LIBRARY = torch.library.Library("slimkern", "DEF")
 _DEVICES = {"reference": ("cpu", "cuda", "meta"), "cpu": ("cpu",), "triton": ("cuda",)}
+Pass = Literal["forward", "backward"]
+_GRADIENTS = ("_grad", "_dx", "_dw", "_db")  # how the names of ops of a backward end
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,14 @@ class Backends:
         package: the op's package; backend ``cpu`` is its module ``cpu``.
         default: device type -> name of the backend used where none is asked for.
         fast: (device type, dtype) -> name of one that is preferred to it.
+        units: what backend ``cpu`` computes with: no kernel of its own (``none``), vectors, or
+            matrix products too, for which some CPUs have tiles.
     """
 
     package: str
     default: dict[str, str]
     fast: dict[tuple[str, torch.dtype], str] = field(default_factory=dict)
+    units: Literal["none", "vectors", "products"] = "vectors"
 
     def choose(
         self, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
@@ -58,6 +66,42 @@ class Backends:
         return backend
 
 
+@dataclass(frozen=True)
+class Op:
+    """A registered op: its name, its table, and in which passes of training it is called."""
+
+    name: str
+    backends: Backends
+    passes: tuple[Pass, ...]
+
+    def has(self, backend: str) -> bool:
+        """Whether that backend's module has the op; read from its text, as it may import triton."""
+        spec = importlib.util.find_spec(self.backends.package)
+        places = spec.submodule_search_locations if spec is not None else None
+        path = Path((places or [""])[0], f"{backend}.py")
+        return path.exists() and self.name in _defined(path.read_text(encoding="utf-8"))
+
+
+def _defined(text: str) -> set[str]:
+    """The names of functions and imports at the top of a module."""
+    found: set[str] = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+OPS: dict[str, Op] = {}
+COMPOSED: dict[str, tuple[str, ...]] = {}  # function -> packages of the ops it is made of
+
+
+def compose(name: str, parts: tuple[str, ...]) -> None:
+    """Notes that ``slimkern.ops.name`` is made of the registered ops of the packages ``parts``."""
+    COMPOSED[name] = parts
+
+
 def _interpreted() -> bool:
     """Triton's interpreter runs its kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -74,6 +118,7 @@ def define_op(
     fake: Callable[..., Any],
     backends: Backends,
     returns: str = "Tensor",
+    passes: tuple[Pass, ...] | None = None,
 ) -> Callable[..., Any]:
     """Registers ``slimkern::name`` for CPU and CUDA and returns its overload.
 
@@ -83,8 +128,11 @@ def define_op(
         fake: shapes and dtypes of the result, from the arguments without the backend.
         backends: the op's table.
         returns: the schema's results.
+        passes: in which passes of training it is called; None: as the end of its name says.
     """
     package = backends.package
+    usual: Pass = "backward" if name.endswith(_GRADIENTS) else "forward"
+    OPS[name] = Op(name, backends, passes or (usual,))
 
     def compute(*args: Any) -> Any:
         return _implementation(package, args[-1], name)(*args[:-1])

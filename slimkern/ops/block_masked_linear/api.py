@@ -18,6 +18,7 @@ BACKENDS = Backends(
     __package__,
     default={"cpu": "reference", "cuda": "reference", "meta": "reference"},
     fast=FAST,
+    units="products",
 )
 
 

@@ -6,7 +6,11 @@ from torch import Tensor
 
 from slimkern.ops._registry import Backends, define_op
 
-BACKENDS = Backends(__package__, default={"cpu": "cpu", "cuda": "reference", "meta": "reference"})
+BACKENDS = Backends(
+    __package__,
+    default={"cpu": "cpu", "cuda": "reference", "meta": "reference"},
+    units="none",
+)
 
 
 def _fake(x: Tensor, dim: int, otherwise: str) -> Tensor:

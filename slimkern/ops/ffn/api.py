@@ -7,7 +7,7 @@ from torch import Tensor
 from slimkern.ops._pack import Packed, check_call
 from slimkern.ops._registry import Backends, define_op
 
-BACKENDS = Backends(__package__, default={"cpu": "cpu"})
+BACKENDS = Backends(__package__, default={"cpu": "cpu"}, units="products")
 
 
 def _fake(x: Tensor, packed: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ BACKENDS = Backends(
     __package__,
     default={"cpu": "reference", "cuda": "triton", "meta": "reference"},
     fast=FAST,
+    units="products",
 )
 
 

@@ -16,7 +16,13 @@ def _fake(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-seeded_dropout = define_op("seeded_dropout", "Tensor x, Tensor seed, float p", _fake, BACKENDS)
+seeded_dropout = define_op(
+    "seeded_dropout",
+    "Tensor x, Tensor seed, float p",
+    _fake,
+    BACKENDS,
+    passes=("forward", "backward"),
+)
 
 
 class SeededDropoutFn(torch.autograd.Function):
