@@ -12,24 +12,41 @@ from triton_cases import (
     DEVICES,
     DTYPE_IDS,
     DTYPES,
+    GPU,
     assert_sum_of_products,
     skip_interpreted_bf16,
 )
 
-from slimkern.ops import _gemm
+from slimkern.ops import _gemm, _gemm_configs, _gemm_weights
 from slimkern.ops.activation.api import ACTIVATIONS
 from slimkern.ops.activation.reference import activation_fwd
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "route")
 SIZES = [(1, 1, 1), (17, 63, 130), (130, 17, 63), (64, 130, 64), (5, 9, 0), (3, 0, 7), (0, 4, 5)]
 devices = pytest.mark.parametrize("device", DEVICES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 
+@pytest.fixture(params=["pointers", "descriptors"])
+def route(request, monkeypatch):
+    """Every product by both kernels; the second with fewer programs than tiles."""
+    wanted = request.param == "descriptors"
+    if wanted:
+        monkeypatch.setattr(_gemm, "processors", lambda tensor: 2)
+        monkeypatch.setattr(_gemm_weights, "processors", lambda tensor: 2)
+    capability = 90 if wanted else 0
+    if wanted and GPU and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need a GPU of compute capability 9.0")
+    monkeypatch.setattr(_gemm_configs, "capability", lambda tensor: capability)
+    return request.param
+
+
 def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
-    """Normal numbers rounded to ``dtype``; no memory of theirs is uninitialised."""
+    """Normal numbers rounded to ``dtype``; rows start on 16-byte boundaries, NaN between them."""
     g = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(device)
+    made = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(device)
+    wide = F.pad(made, (0, 8 - shape[-1] % 8), value=float("nan"))
+    return wide[..., : shape[-1]]
 
 
 def keep(size, kept, device):
@@ -174,10 +191,10 @@ def test_compact_copy(rows, cols, transposed, device):
 
 @devices
 def test_products_of_differing_widths(device):
-    sizes = [(17, 5, 33), (17, 63, 130), (1, 130, 64), (40, 1, 7)]
+    sizes = [(17, 5, 33), (17, 63, 130), (1, 130, 64), (40, 1, 7), (0, 3, 5)] + [(9, 80, 16)] * 9
     xs = [normal(m, k, device=device) for m, _, k in sizes]
     ws = [normal(n, k, device=device, seed=1) for _, n, k in sizes]
-    biases = [normal(n, device=device) if n > 1 else None for _, n, _ in sizes]
+    biases = [normal(n, device=device) if n % 5 else None for _, n, _ in sizes]
     for got, x, w, bias in zip(_gemm.grouped_products(xs, ws, biases), xs, ws, biases, strict=True):
         want, large = (
             F.linear(*(None if p is None else f(p.double()) for p in (x, w, bias)))

@@ -62,6 +62,14 @@ HF = {"transformers", "accelerate"}
 TRAINING = {*LIBRARY, *HF, "slimkern.training", "rich", "scipy", "pandas", "pyarrow"}
 EVERYTHING = {*TRAINING, "slimkern", "typer", "click", "jinja2", "markupsafe", "matplotlib"}
 
+_GEMM = ("configs", "descriptors", "grouped", "kernels", "weights")
+DEVICE_CODE = {
+    "triton",
+    "slimkern.ops._activations",
+    "slimkern.ops._tile",
+    *(f"slimkern.ops._gemm_{module}" for module in _GEMM),
+}
+
 # The first prefix that fits decides. "slimkern.x" allows the module and all below it.
 ROOMS: list[tuple[str, set[str]]] = [
     ("patterns/pattern.py", set()),
@@ -108,14 +116,10 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_native.py", {"torch", "slimkern._C"}),
     ("ops/_tile.py", {"torch", "triton"}),
     ("ops/_activations.py", {"triton"}),
-    (
-        "ops/_gemm_kernels.py",
-        {"triton", "slimkern.ops._activations", "slimkern.ops._tile"},
-    ),
-    (
-        "ops/_gemm.py",
-        {"torch", "triton", "slimkern.ops._gemm_kernels", "slimkern.ops._tile"},
-    ),
+    ("ops/_launch.py", {"torch", "triton"}),
+    ("ops/_gemm_kernels.py", DEVICE_CODE),
+    ("ops/_gemm_descriptors.py", DEVICE_CODE),
+    ("ops/_gemm", {"torch", *DEVICE_CODE, "slimkern.ops._launch"}),
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
     ("ops/_linear.py", {"torch"}),
@@ -158,7 +162,11 @@ ROOMS: list[tuple[str, set[str]]] = [
     ),
     (
         "ops/*/triton.py",
-        {"torch", "triton", *(f"slimkern.ops.{m}" for m in ("_activations", "_gemm", "_tile"))},
+        {
+            "torch",
+            "triton",
+            *(f"slimkern.ops.{m}" for m in ("_activations", "_gemm", "_launch", "_tile")),
+        },
     ),
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from triton_cases import DEVICES, DTYPE_IDS, DTYPES, GPU, INTERPRETED, skip_interpreted_bf16
 
-from slimkern.ops import _gemm, _tile
+from slimkern.ops import _gemm_configs, _tile
 from slimkern.ops.indexed_linear import triton as kernels
 
 SMALL = Case((17,), 63, 130, R=17, C=63)
@@ -184,7 +184,7 @@ def test_float32_follows_the_newer_setting():
 
 
 def test_choice_of_tiles():
-    for tiles in (_gemm.HALF_TILES, _gemm.NARROW_TILES, _gemm.FLOAT_TILES):
+    for tiles in (_gemm_configs.HALF_TILES, _gemm_configs.NARROW_TILES, _gemm_configs.FLOAT_TILES):
         assert len(tiles) <= 8
         # Enough output for a GPU: the largest tile; a handful of tokens: the least padding.
         assert _tile.choose_tile(tiles, 1 << 14, 1 << 12) == tiles[0]

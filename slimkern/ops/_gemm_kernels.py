@@ -67,7 +67,7 @@ def load_bias(b_ptr, positions, mask, HAS_BIAS: tl.constexpr):
     return tl.zeros((1, positions.shape[0]), dtype=tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "C", "R_OUT", "C_OUT"])
 def _gather_kernel(
     w_ptr, rows_ptr, cols_ptr, out_ptr,
     R, C, R_OUT, C_OUT, stride_wn, stride_wk, stride_or, stride_oc,
@@ -85,7 +85,7 @@ def _gather_kernel(
     store_tile(out_ptr, tile, offs_r, stride_or, offs_r < R_OUT, offs_c, stride_oc, offs_c < C_OUT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "K"])
 def _product_kernel(
     x_ptr, w_ptr, b_ptr, rows_ptr, add_ptr, h_ptr, y_ptr,
     M, N, K,
@@ -126,7 +126,7 @@ def _product_kernel(
     store_tile(y_ptr, acc, offs_m, stride_ym, mask_m, offs_n, 1, mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "K"])
 def _gated_kernel(
     x_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, y_ptr,
     M, N, K,
@@ -172,7 +172,7 @@ def _gated_kernel(
     store_tile(y_ptr, y, offs_m, stride_ym, mask_m, offs_n, 1, mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R", "C", "chunk"])
 def _product_dw_kernel(
     gy_ptr, x_ptr, out_ptr,
     M, R, C, chunk,
@@ -223,7 +223,7 @@ def find(index_ptr, size, wanted, HAS_INDEX: tl.constexpr, STEPS: tl.constexpr):
     return place, found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "R", "C", "N", "K"])
 def _scatter_sum_kernel(
     part_ptr, rows_ptr, cols_ptr, out_ptr,
     S, R, C, N, K, stride_ps, stride_pr, stride_on,

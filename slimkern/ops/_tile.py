@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -150,6 +151,24 @@ def launch_options(tile: Tile) -> dict[str, int]:
     """
     stages = min(tile.stages, 2) if ON_AMD else tile.stages
     return {"num_warps": tile.warps, "num_stages": stages}
+
+
+@lru_cache
+def _properties(index: int) -> tuple[int, int]:
+    made = torch.cuda.get_device_properties(index)
+    return 10 * made.major + made.minor, made.multi_processor_count
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the NVIDIA GPU that holds ``tensor``, 90 for 9.0; 0 for all others."""
+    if not tensor.is_cuda or ON_AMD:
+        return 0
+    return _properties(tensor.get_device())[0]
+
+
+def processors(tensor: Tensor) -> int:
+    """How many multiprocessors the GPU has; the number of programs that share work in a loop."""
+    return _properties(tensor.get_device())[1] if tensor.is_cuda else _PROGRAMS
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkern.ops._gemm import gathered, product, product_dw, product_dx, scatter_sum
+from slimkern.ops._launch import launch
 from slimkern.ops._tile import (
     Tile,
     alignment,
@@ -25,7 +26,6 @@ from slimkern.ops._tile import (
     launch_options,
     load_tile,
     offsets,
-    on_device,
     splits,
     with_alignment,
 )
@@ -116,13 +116,12 @@ def indexed_linear_db(grad_y: Tensor, rows: Tensor | None, N: int) -> Tensor:
     programs, steps = triton.cdiv(R, _SUM_TILE.b), triton.cdiv(M, _SUM_TILE.a)
     S = splits(programs, steps)
     part = torch.empty((S, R), dtype=torch.float32, device=grad_y.device)
-    with on_device(grad_y):
-        _column_sums_kernel[(programs, S)](
-            grad_y, part,
-            M, R, triton.cdiv(steps, S) * _SUM_TILE.a,
-            *grad_y.stride(), part.stride(0),
-            ALIGN=alignment(R, grad_y.stride(0)), BLOCK_M=_SUM_TILE.a, BLOCK_R=_SUM_TILE.b,
-            **launch_options(_SUM_TILE),
-        )  # fmt: skip
+    launch(_column_sums_kernel, (programs, S), grad_y)(
+        grad_y, part,
+        M, R, triton.cdiv(steps, S) * _SUM_TILE.a,
+        *grad_y.stride(), part.stride(0),
+        ALIGN=alignment(R, grad_y.stride(0)), BLOCK_M=_SUM_TILE.a, BLOCK_R=_SUM_TILE.b,
+        **launch_options(_SUM_TILE),
+    )  # fmt: skip
     scatter_sum(part[:, None], 1, R, None, rows, grad_b[None])
     return grad_b

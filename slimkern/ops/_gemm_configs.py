@@ -1,0 +1,85 @@
+"""Which kernel and which configuration a product takes: by shape, dtype, strides and device.
+
+The choice depends on sizes, never on values, and is the same from run to run. A table holds at most
+eight configurations, from the largest output tile to the smallest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slimkern.ops._tile import Tile, capability, check_dtype
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # releases of Triton before 3.4
+    TensorDescriptor = None
+
+# At most 96 KiB of shared memory each, so that every GPU since Ampere, small ones included, can
+# launch them.
+HALF_TILES = (
+    Tile(128, 128, 64, warps=8, stages=3),
+    Tile(128, 64, 64, warps=4, stages=3),
+    Tile(64, 64, 64, warps=4, stages=4),
+    Tile(32, 64, 64, warps=4, stages=4),
+    Tile(16, 64, 64, warps=4, stages=4),
+)
+# Rows that do not start on 16-byte boundaries are loaded in small pieces, each with an address of
+# its own: tiles must be smaller to stay in registers.
+NARROW_TILES = (
+    Tile(128, 64, 32, warps=8, stages=3),
+    Tile(64, 64, 32, warps=8, stages=3),
+    Tile(16, 64, 32, warps=4, stages=3),
+)
+# Full-precision float32 has no matrix unit on NVIDIA GPUs; one thread holds a slice of operands.
+FLOAT_TILES = (
+    Tile(64, 64, 16, warps=4, stages=3),
+    Tile(32, 64, 16, warps=4, stages=3),
+    Tile(16, 64, 16, warps=4, stages=3),
+)
+# For tensor descriptors: GPUs that have them have 227 KiB of shared memory for a program.
+DESCRIPTOR_TILES = (
+    Tile(128, 256, 64, warps=8, stages=3),
+    Tile(128, 128, 64, warps=8, stages=4),
+    Tile(128, 64, 64, warps=4, stages=4),
+    Tile(64, 64, 64, warps=4, stages=4),
+)
+COPY_TILE = Tile(16, 128, 1, warps=4, stages=2)  # of the compact copy and of the slices' sum
+GROUP = 8  # rows of tiles per group of the swizzle
+MULTIPLE = 64  # elements: what compact copies and padded rows are rounded up to
+
+
+def tiles_for(like: Tensor, align: int) -> tuple[Tile, ...]:
+    """The configurations of pointer kernels for a dtype and an alignment of the strides.
+
+    Raises:
+        TypeError: a dtype these kernels do not compute in.
+    """
+    check_dtype("x", like)
+    if like.dtype == torch.float32:
+        return FLOAT_TILES
+    return NARROW_TILES if align < 4 else HALF_TILES
+
+
+def has_descriptors(tensor: Tensor) -> bool:
+    """Whether tensors of this dtype and device may be loaded by descriptor: halves since Hopper."""
+    halves = tensor.dtype.itemsize == 2 and TensorDescriptor is not None
+    return halves and capability(tensor) >= 90
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether its rows start on 16-byte boundaries, and neighbours in a row lie side by side."""
+    return (
+        tensor.stride(1) == 1
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+        and tensor.stride(0) >= tensor.shape[1] > 0
+        and tensor.data_ptr() % 16 == 0
+    )
+
+
+def descriptor(tensor: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
+    """What a kernel loads and stores tiles of ``rows x columns`` by; None stays None."""
+    if tensor is None:
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])

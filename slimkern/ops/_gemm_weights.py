@@ -1,0 +1,156 @@
+"""What surrounds a product with a full-size weight: its compact copy, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from slimkern.ops._gemm_configs import (
+    COPY_TILE,
+    DESCRIPTOR_TILES,
+    GROUP,
+    MULTIPLE,
+    NARROW_TILES,
+    describable,
+    descriptor,
+    has_descriptors,
+    tiles_for,
+)
+from slimkern.ops._gemm_descriptors import _dw_descriptor_kernel
+from slimkern.ops._gemm_kernels import _gather_kernel, _product_dw_kernel, _scatter_sum_kernel
+from slimkern.ops._launch import launch
+from slimkern.ops._tile import (
+    alignment,
+    bucket,
+    check_dtype,
+    choose_tile,
+    contiguous,
+    launch_options,
+    precision,
+    processors,
+    splits,
+)
+
+
+def padded(size: int, multiple: int = MULTIPLE) -> int:
+    """``size`` rounded up to ``multiple``."""
+    return -(-size // multiple) * multiple
+
+
+def gathered(
+    w: Tensor,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    *,
+    multiple: int = MULTIPLE,
+    transposed: bool = False,
+) -> Tensor:
+    """The compact copy of ``W[rows][:, cols]``: one launch.
+
+    Args:
+        w: [N, K], any strides.
+        rows, cols: int64, sorted, unique, or None for all.
+        multiple: both sizes are rounded up to it; what is added is zero.
+        transposed: [C', R'] instead of [R', C'].
+
+    Raises:
+        TypeError: a dtype other than float32, float16 or bfloat16.
+    """
+    check_dtype("w", w)
+    rows, cols = contiguous(rows), contiguous(cols)
+    R = w.shape[0] if rows is None else rows.shape[0]
+    C = w.shape[1] if cols is None else cols.shape[0]
+    shape = (padded(R, multiple), padded(C, multiple))
+    out = torch.empty(shape[::-1] if transposed else shape, dtype=w.dtype, device=w.device)
+    if out.numel() == 0:
+        return out
+    tile = COPY_TILE
+    grid = (triton.cdiv(shape[0], tile.a), triton.cdiv(shape[1], tile.b))
+    launch(_gather_kernel, grid, w)(
+        w, rows, cols, out,
+        R, C, *shape, *w.stride(), *(out.stride()[::-1] if transposed else out.stride()),
+        HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
+        BLOCK_R=tile.a, BLOCK_C=tile.b,
+        **launch_options(tile),
+    )  # fmt: skip
+    return out
+
+
+def product_dw(
+    gy: Tensor,
+    x: Tensor,
+    *,
+    out: Tensor | None = None,
+    rows: Tensor | None = None,
+    cols: Tensor | None = None,
+    shape: tuple[int, int] | None = None,
+) -> Tensor:
+    """``dW[rows[r], cols[c]] = (gy^T x)[r, c]``, zero elsewhere: gy [M, R], x [M, C] -> [N, K].
+
+    Where the kept part has few tiles, the tokens are cut into slices that are summed afterwards,
+    always in the same order.
+
+    Args:
+        gy, x: any strides.
+        out: [N, K] to write to, neighbours in a row side by side; or None.
+        rows, cols: int64, sorted, unique; None where all are kept.
+        shape: ``(N, K)``; None for ``out``'s, or ``(R, C)``.
+
+    Raises:
+        TypeError: a dtype other than float32, float16 or bfloat16.
+    """
+    check_dtype("x", x)
+    rows, cols = contiguous(rows), contiguous(cols)
+    (M, R), C = gy.shape, x.shape[1]
+    grad = torch.empty(shape or (R, C), dtype=x.dtype, device=x.device) if out is None else out
+    if R == 0 or C == 0:
+        return grad.zero_()
+    by_descriptor = M > 0 and has_descriptors(x) and describable(gy) and describable(x)
+    align = alignment(R, C, gy.stride(0), x.stride(0))
+    tiles = DESCRIPTOR_TILES[1:] if by_descriptor else tiles_for(x, align)
+    if tiles is NARROW_TILES:
+        tiles = tiles[1:]  # both operands are narrow here: the largest tile would spill
+    tile = choose_tile(tiles, R, C, slices=splits(1, triton.cdiv(bucket(M), tiles[0].k)))
+    programs, steps = triton.cdiv(R, tile.a) * triton.cdiv(C, tile.b), triton.cdiv(M, tile.k)
+    S = splits(programs, steps)
+    chunk = triton.cdiv(steps, S) * tile.k
+    direct = S == 1 and rows is None and cols is None
+    part = grad[None]
+    if not direct:
+        kind = torch.float32 if S > 1 else x.dtype
+        part = torch.empty((S, R, padded(C, 16)), dtype=kind, device=x.device)
+    blocks = {"BLOCK_R": tile.a, "BLOCK_C": tile.b, "BLOCK_M": tile.k, "GROUP": GROUP}
+    if by_descriptor:
+        launch(_dw_descriptor_kernel, (min(programs * S, processors(x)),), x)(
+            descriptor(gy, tile.k, tile.a), descriptor(x, tile.k, tile.b), part,
+            M, R, C, S, chunk, *part.stride()[:2],
+            PRECISION=precision(x.dtype), **blocks, **launch_options(tile),
+        )  # fmt: skip
+    else:
+        launch(_product_dw_kernel, (programs, S), x)(
+            gy, x, part,
+            M, R, C, chunk,
+            *gy.stride(), *x.stride(), *part.stride()[:2],
+            ALIGN=align, TAIL=M % tile.k != 0, PRECISION=precision(x.dtype),
+            **blocks, **launch_options(tile),
+        )  # fmt: skip
+    if not direct:
+        scatter_sum(part, R, C, rows, cols, grad)
+    return grad
+
+
+def scatter_sum(
+    part: Tensor, R: int, C: int, rows: Tensor | None, cols: Tensor | None, out: Tensor
+) -> None:
+    """Writes all of out [N, K]: the slices part [S, R, >= C], added in their order, and zeros."""
+    N, K = out.shape
+    block_k = min(COPY_TILE.b, bucket(K))
+    launch(_scatter_sum_kernel, (triton.cdiv(N, COPY_TILE.a), triton.cdiv(K, block_k)), out)(
+        part, rows, cols, out,
+        part.shape[0], R, C, N, K, *part.stride()[:2], out.stride(0),
+        HAS_ROWS=rows is not None, HAS_COLS=cols is not None,
+        STEPS_R=R.bit_length(), STEPS_C=C.bit_length(),
+        BLOCK_N=COPY_TILE.a, BLOCK_K=block_k,
+        **launch_options(COPY_TILE),
+    )  # fmt: skip

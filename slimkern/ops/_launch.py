@@ -1,0 +1,68 @@
+"""Launches of Triton kernels at the price of a dictionary look-up.
+
+Triton looks at each argument of each launch to find out which of a kernel's compiled variants fits.
+What it looks at are types, sizes and the alignment of addresses. Launches repeat for every step and
+layer of a model, so the variant found is kept here under those same properties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import JITFunction
+
+_MOST = 16384  # launches remembered; a program with more shapes than that starts over
+_found: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton may specialize a kernel for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    if argument is None or isinstance(argument, int):
+        return argument
+    return argument.base.dtype, *argument.block_shape  # a tensor descriptor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor) -> Callable[..., None]:
+    """``kernel[grid]`` on the GPU of ``on``: call it with the kernel's arguments.
+
+    Tensors, descriptors, integers, None and tuples of them go by position; compile-time constants
+    and Triton's own options by name.
+
+    Args:
+        kernel: a function under ``triton.jit``; whatever else stands in its place is called as is.
+        grid: how many programs, in one to three dimensions.
+        on: a tensor on the device in question.
+    """
+    return partial(_launch, kernel, grid, on)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **constants: Any
+) -> None:
+    if not isinstance(kernel, JITFunction):
+        kernel[grid](*arguments, **constants)
+        return
+    device = on.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, grid, on, *arguments, **constants)
+        return
+    key = (kernel, device, tuple(map(_kind, arguments)), *constants.values())
+    known = _found.get(key)
+    if known is not None:
+        compiled, rest = known
+        compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+        return
+    compiled = kernel[grid](*arguments, **constants)
+    rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    if len(_found) >= _MOST:
+        _found.clear()
+    _found[key] = compiled, rest
