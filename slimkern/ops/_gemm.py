@@ -151,30 +151,37 @@ def _launch(
     y: Tensor,
     activation: str,
     exactness: str,
+    packed: bool = False,
 ) -> None:
-    """One product for y [M, N] from w [N, K], or [K, N] where ``transposed``."""
+    """One product for y [M, N] from w [N, K], or [K, N] where ``transposed``.
+
+    ``packed`` says that the rows of w are kept ones already, and ``rows`` are the bias's alone.
+    """
     (M, N), K = y.shape, x.shape[1]
     if y.numel() == 0:
         return
     if has_descriptors(x) and K > 0:
-        kept = gathered(w, rows, None)[:N, :K] if rows is not None else w
+        kept = w if rows is None or packed else gathered(w, rows, None)[:N, :K]
         given = [tensor for tensor in (x, kept, h, residual) if tensor is not None]
         if all(describable(tensor) for tensor in given):
             _launch_descriptors(
                 x, kept, transposed, bias, rows, residual, h, y, activation, exactness
             )
             return
-    align = alignment(N, x.stride(0), w.stride(0), y.stride(0))
+    stride_wn, stride_wk = w.stride()[::-1] if transposed else w.stride()
+    outputs_adjoin = stride_wn == 1 and stride_wk > 1
+    row_of_w = stride_wk if outputs_adjoin else stride_wn
+    align = alignment(N, x.stride(0), row_of_w, y.stride(0))
     tile = choose_tile(tiles_for(x, align), bucket(M), N)
     launch(_product_kernel, (triton.cdiv(M, tile.a) * triton.cdiv(N, tile.b),), x)(
         x, w, bias, rows, residual, h, y,
         M, N, K,
-        *x.stride(), *(w.stride()[::-1] if transposed else w.stride()),
+        *x.stride(), stride_wn, stride_wk,
         0 if residual is None else residual.stride(0), 0 if h is None else h.stride(0),
         y.stride(0),
-        HAS_ROWS=rows is not None, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, KEEPS=h is not None, ACTIVATION=activation,
-        ALIGN=align, TAIL=K % tile.k != 0, PRECISION=exactness,
+        TRANSPOSED=outputs_adjoin, HAS_ROWS=rows is not None, PACKED=packed,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, KEEPS=h is not None,
+        ACTIVATION=activation, ALIGN=align, TAIL=K % tile.k != 0, PRECISION=exactness,
         BLOCK_M=tile.a, BLOCK_N=tile.b, BLOCK_K=tile.k, GROUP=GROUP,
         **launch_options(tile),
     )  # fmt: skip

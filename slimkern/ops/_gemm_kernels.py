@@ -90,18 +90,22 @@ def _product_kernel(
     x_ptr, w_ptr, b_ptr, rows_ptr, add_ptr, h_ptr, y_ptr,
     M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_am, stride_hm, stride_ym,
-    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    KEEPS: tl.constexpr, ACTIVATION: tl.constexpr,
-    ALIGN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_ROWS: tl.constexpr, PACKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEPS: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One ``[BLOCK_M, BLOCK_N]`` tile of ``y = a(h) + residual``, ``h = x @ W[rows]^T + b[rows]``.
 
-    ``KEEPS`` also writes ``h``. The strides of the weight are its output's and its reduction's, so
-    that the same kernel multiplies by a weight and by its transpose.
+    ``PACKED`` says that ``w`` is ``W[rows]`` already, ``TRANSPOSED`` that neighbours in a row of
+    its memory are outputs rather than terms of a sum. ``KEEPS`` also writes ``h``.
     """
     N = with_alignment(N, ALIGN)
     stride_xm = with_alignment(stride_xm, ALIGN)
+    if TRANSPOSED:
+        stride_wk = with_alignment(stride_wk, ALIGN)
+    else:
+        stride_wn = with_alignment(stride_wn, ALIGN)
     stride_ym = with_alignment(stride_ym, ALIGN)
     pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     offs_m = offsets(pid_m, BLOCK_M)
@@ -113,7 +117,7 @@ def _product_kernel(
     acc = multiply(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
         x_ptr + (offs_m * stride_xm)[:, None], stride_xk, mask_m[:, None],
-        w_ptr + (rows * stride_wn)[None, :], stride_wk, mask_n[None, :],
+        w_ptr + ((offs_n if PACKED else rows) * stride_wn)[None, :], stride_wk, mask_n[None, :],
         0, K, TAIL, BLOCK_K, PRECISION,
     )  # fmt: skip
 
