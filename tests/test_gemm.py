@@ -17,7 +17,7 @@ from triton_cases import (
     skip_interpreted_bf16,
 )
 
-from slimkern.ops import _gemm, _gemm_configs, _gemm_weights
+from slimkern.ops import _gemm, _gemm_configs, _gemm_product, _gemm_weights
 from slimkern.ops.activation.api import ACTIVATIONS
 from slimkern.ops.activation.reference import activation_fwd
 
@@ -32,8 +32,8 @@ def route(request, monkeypatch):
     """Every product by both kernels; the second with fewer programs than tiles."""
     wanted = request.param == "descriptors"
     if wanted:
-        monkeypatch.setattr(_gemm, "processors", lambda tensor: 2)
-        monkeypatch.setattr(_gemm_weights, "processors", lambda tensor: 2)
+        for module in (_gemm, _gemm_product, _gemm_weights):
+            monkeypatch.setattr(module, "processors", lambda tensor: 2)
     capability = 90 if wanted else 0
     if wanted and GPU and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need a GPU of compute capability 9.0")
@@ -85,6 +85,20 @@ def test_product_with_its_epilogue(size, activation, dtype, device):
     assert_sum_of_products(h, want_h, eager_h, large, K + 1)
     # No activation here is steeper than 1.2; two roundings of the sum follow it.
     assert_sum_of_products(y, want, eager, 1.2 * large + residual.abs(), K + 3)
+
+
+@devices
+@pytest.mark.parametrize("many", [False, True])
+def test_a_packed_weight_and_its_whole_bias(many, device):
+    """Many tokens in full float32 precision take a transposed copy of the weight."""
+    M, R, K = (270 if many else 17), 9, 21
+    x, w, bias = (normal(*shape, device=device) for shape in ((M, K), (30, 50), (30,)))
+    rows, cols = keep(30, R, device), keep(50, K, device)
+    for given, packed in ((_gemm.gathered(w, rows, cols), True), (w[:, :K], False)):
+        parts = (x, w[rows][:, cols] if packed else w[rows, :K], bias[rows])
+        want, large = (F.linear(*(f(p.double()) for p in parts)) for f in (torch.clone, torch.abs))
+        got = _gemm.product(x, given, bias, rows, packed=packed)
+        assert_sum_of_products(got, want, F.linear(*parts), large, K + 1)
 
 
 @devices

@@ -62,7 +62,7 @@ HF = {"transformers", "accelerate"}
 TRAINING = {*LIBRARY, *HF, "slimkern.training", "rich", "scipy", "pandas", "pyarrow"}
 EVERYTHING = {*TRAINING, "slimkern", "typer", "click", "jinja2", "markupsafe", "matplotlib"}
 
-_GEMM = ("configs", "descriptors", "grouped", "kernels", "weights")
+_GEMM = ("configs", "descriptors", "grouped", "kernels", "product", "weights")
 DEVICE_CODE = {
     "triton",
     "slimkern.ops._activations",
@@ -119,7 +119,8 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_launch.py", {"torch", "triton"}),
     ("ops/_gemm_kernels.py", DEVICE_CODE),
     ("ops/_gemm_descriptors.py", DEVICE_CODE),
-    ("ops/_gemm", {"torch", *DEVICE_CODE, "slimkern.ops._launch"}),
+    ("ops/_tune.py", {"torch", "triton", "slimkern.ops._tile"}),
+    ("ops/_gemm", {"torch", *DEVICE_CODE, "slimkern.ops._launch", "slimkern.ops._tune"}),
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
     ("ops/_linear.py", {"torch"}),

@@ -21,6 +21,7 @@ from slimkern.ops._gemm_descriptors import _dw_descriptor_kernel
 from slimkern.ops._gemm_kernels import _gather_kernel, _product_dw_kernel, _scatter_sum_kernel
 from slimkern.ops._launch import launch
 from slimkern.ops._tile import (
+    Tile,
     alignment,
     bucket,
     check_dtype,
@@ -31,6 +32,7 @@ from slimkern.ops._tile import (
     processors,
     splits,
 )
+from slimkern.ops._tune import fastest
 
 
 def padded(size: int, multiple: int = MULTIPLE) -> int:
@@ -106,37 +108,42 @@ def product_dw(
     grad = torch.empty(shape or (R, C), dtype=x.dtype, device=x.device) if out is None else out
     if R == 0 or C == 0:
         return grad.zero_()
+    exactness = precision(x.dtype)
     by_descriptor = M > 0 and has_descriptors(x) and describable(gy) and describable(x)
     align = alignment(R, C, gy.stride(0), x.stride(0))
     tiles = DESCRIPTOR_TILES[1:] if by_descriptor else tiles_for(x, align)
     if tiles is NARROW_TILES:
         tiles = tiles[1:]  # both operands are narrow here: the largest tile would spill
+
+    def attempt(tile: Tile) -> None:
+        programs, steps = triton.cdiv(R, tile.a) * triton.cdiv(C, tile.b), triton.cdiv(M, tile.k)
+        S = splits(programs, steps)
+        chunk = triton.cdiv(steps, S) * tile.k
+        direct = S == 1 and rows is None and cols is None
+        part = grad[None]
+        if not direct:
+            kind = torch.float32 if S > 1 else x.dtype
+            part = torch.empty((S, R, padded(C, 16)), dtype=kind, device=x.device)
+        options = {"BLOCK_R": tile.a, "BLOCK_C": tile.b, "BLOCK_M": tile.k, "GROUP": GROUP}
+        options |= launch_options(tile)
+        if by_descriptor:
+            launch(_dw_descriptor_kernel, (min(programs * S, processors(x)),), x)(
+                descriptor(gy, tile.k, tile.a), descriptor(x, tile.k, tile.b), part,
+                M, R, C, S, chunk, *part.stride()[:2], PRECISION=exactness, **options,
+            )  # fmt: skip
+        else:
+            launch(_product_dw_kernel, (programs, S), x)(
+                gy, x, part,
+                M, R, C, chunk,
+                *gy.stride(), *x.stride(), *part.stride()[:2],
+                ALIGN=align, TAIL=M % tile.k != 0, PRECISION=exactness, **options,
+            )  # fmt: skip
+        if not direct:
+            scatter_sum(part, R, C, rows, cols, grad)
+
     tile = choose_tile(tiles, R, C, slices=splits(1, triton.cdiv(bucket(M), tiles[0].k)))
-    programs, steps = triton.cdiv(R, tile.a) * triton.cdiv(C, tile.b), triton.cdiv(M, tile.k)
-    S = splits(programs, steps)
-    chunk = triton.cdiv(steps, S) * tile.k
-    direct = S == 1 and rows is None and cols is None
-    part = grad[None]
-    if not direct:
-        kind = torch.float32 if S > 1 else x.dtype
-        part = torch.empty((S, R, padded(C, 16)), dtype=kind, device=x.device)
-    blocks = {"BLOCK_R": tile.a, "BLOCK_C": tile.b, "BLOCK_M": tile.k, "GROUP": GROUP}
-    if by_descriptor:
-        launch(_dw_descriptor_kernel, (min(programs * S, processors(x)),), x)(
-            descriptor(gy, tile.k, tile.a), descriptor(x, tile.k, tile.b), part,
-            M, R, C, S, chunk, *part.stride()[:2],
-            PRECISION=precision(x.dtype), **blocks, **launch_options(tile),
-        )  # fmt: skip
-    else:
-        launch(_product_dw_kernel, (programs, S), x)(
-            gy, x, part,
-            M, R, C, chunk,
-            *gy.stride(), *x.stride(), *part.stride()[:2],
-            ALIGN=align, TAIL=M % tile.k != 0, PRECISION=precision(x.dtype),
-            **blocks, **launch_options(tile),
-        )  # fmt: skip
-    if not direct:
-        scatter_sum(part, R, C, rows, cols, grad)
+    sizes = (bucket(M), R, C, align, by_descriptor, exactness)
+    attempt(fastest("gradient of a weight", sizes, x, tiles, tile, attempt))
     return grad
 
 

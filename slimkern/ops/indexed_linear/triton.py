@@ -72,7 +72,7 @@ def indexed_linear_fwd(
         return product(x, weight, bias, rows)
     R = weight.shape[0] if rows is None else rows.shape[0]
     kept = gathered(weight, rows, cols)[:R, : x.shape[1]]
-    return product(x, kept, bias if bias is None or rows is None else bias[rows])
+    return product(x, kept, bias, rows, packed=True)
 
 
 def indexed_linear_dx(
