@@ -196,4 +196,4 @@ def test_choice_of_tiles():
     for programs in (1, 36, 500):
         for steps in (0, 1, 7, 128, 10_000):
             slices = _tile.splits(programs, steps)
-            assert slices == 1 or (slices <= steps // 4 and slices * programs <= 256)
+            assert slices == 1 or (slices <= steps // 4 and slices * programs <= 264)

@@ -44,6 +44,7 @@ DESCRIPTOR_TILES = (
     Tile(128, 128, 64, warps=8, stages=4),
     Tile(128, 64, 64, warps=4, stages=4),
     Tile(64, 64, 64, warps=4, stages=4),
+    Tile(64, 32, 64, warps=4, stages=4),
 )
 COPY_TILE = Tile(16, 128, 1, warps=4, stages=2)  # of the compact copy and of the slices' sum
 GROUP = 8  # rows of tiles per group of the swizzle

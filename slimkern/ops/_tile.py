@@ -98,8 +98,8 @@ class Tile(NamedTuple):
 # Types whose products are exact in float32, and float32 itself.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ON_AMD = torch.version.hip is not None
-# A launch should give every multiprocessor of a large GPU something to do.
-_PROGRAMS = 128
+# Multiprocessors of an H100. A constant, so that sums are taken in the same order everywhere.
+_PROCESSORS = 132
 
 
 def bucket(size: int) -> int:
@@ -107,32 +107,47 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def choose_tile(tiles: Sequence[Tile], a: int, b: int, slices: int = 1) -> Tile:
-    """The first of ``tiles`` (large to small) that is no larger than the output and fills a GPU.
+def _waves(programs: int) -> int:
+    return -(-programs // _PROCESSORS)
 
-    Where none does, time goes by how many multiprocessors take part, so the smallest of those that
-    pad ``a`` least.
+
+def _cost(tile: Tile, a: int, b: int, slices: int) -> float:
+    """What an output takes: rounds of tiles, times what a tile multiplies and what it loads.
+
+    A matrix unit multiplies 64 rows in the time that one row is loaded. The slices of a reduction
+    take part of the time each.
+    """
+    programs = -(-a // tile.a) * -(-b // tile.b)
+    many = max(1, min(slices, 2 * _PROCESSORS // programs))
+    return _waves(programs * many) / many * (tile.a * tile.b + 64 * (tile.a + tile.b))
+
+
+def choose_tile(tiles: Sequence[Tile], a: int, b: int, slices: int = 1) -> Tile:
+    """The one of ``tiles`` that should take the least time on a large GPU; the largest of equals.
 
     Args:
         tiles: configurations, from the largest output tile to the smallest.
         a, b: the output's sizes.
         slices: into how many slices the caller can cut the reduction.
     """
-    for tile in tiles:
-        fits = tile.a <= bucket(a) and tile.b <= bucket(b)
-        if fits and triton.cdiv(a, tile.a) * triton.cdiv(b, tile.b) * slices >= _PROGRAMS:
-            return tile
-    return min(reversed(tiles), key=lambda tile: triton.cdiv(a, tile.a) * tile.a)
+    return min(tiles, key=lambda tile: _cost(tile, max(a, 1), max(b, 1), slices))
 
 
 def splits(programs: int, steps: int, least_steps: int = 4) -> int:
     """Into how many slices a reduction of ``steps`` blocks is cut so that the GPU has work.
 
-    A power of two that depends on sizes alone, never on the device, so that sums are taken in the
-    same order everywhere.
+    The rounds that programs take, and what it takes to write and read a sum once more: on an H100
+    as much as a dozen blocks of its reduction. It depends on sizes alone, never on the device, so
+    that sums are taken in the same order everywhere.
     """
-    wanted = min(2 * _PROGRAMS // max(programs, 1), steps // least_steps)
-    return 1 << (max(wanted, 1).bit_length() - 1)
+    programs = max(programs, 1)
+
+    def cost(slices: int) -> float:
+        again = 12 * slices * programs / (_PROCESSORS * steps) if slices > 1 else 0.0
+        return _waves(programs * slices) / slices + again
+
+    most = min(2 * _PROCESSORS // programs, steps // least_steps)
+    return min(range(1, max(most, 1) + 1), key=cost)
 
 
 def alignment(*sizes: int) -> int:
@@ -168,7 +183,7 @@ def capability(tensor: Tensor) -> int:
 
 def processors(tensor: Tensor) -> int:
     """How many multiprocessors the GPU has; the number of programs that share work in a loop."""
-    return _properties(tensor.get_device())[1] if tensor.is_cuda else _PROGRAMS
+    return _properties(tensor.get_device())[1] if tensor.is_cuda else _PROCESSORS
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
