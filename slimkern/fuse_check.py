@@ -20,7 +20,8 @@ from slimkern import accuracy
 from slimkern.discovery.block import Block
 from slimkern.nn.fused import install
 from slimkern.nn.packs import Packs, weights_of
-from slimkern.ops import Packed
+from slimkern.ops import Packed, choose_math
+from slimkern.ops._packed import HARDWARE, PACKED_BACKENDS
 from slimkern.ops.attention_block.reference import attention_block
 from slimkern.ops.encoder_layer.reference import encoder_layer
 from slimkern.ops.ffn.reference import ffn
@@ -31,7 +32,9 @@ _EQUATIONS: dict[str, Callable[..., Tensor]] = {
     "ffn": ffn,
 }
 _ACTIVATIONS = ("gelu", "relu", "silu", "gelu_tanh", "quick_gelu", "squared_relu", "none")
-_DTYPES = (torch.float32, torch.bfloat16)
+# How packs compute -> the bound on their error.
+_BOUNDS = {"bf16x6": "fp32", "bf16x3": "fp32-high", "tf32": "fp32-high", "bf16": "fp32-medium"}
+_NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Two float64 computations of one equation differ by 2^-53 times what the block amplifies: 2^17
 # leaves room, and is nothing beside what distinguishes two activations, or float32.
 _SAME = 2.0**-36
@@ -52,6 +55,11 @@ class _Sample:
     mask: Tensor | None
     bias: Tensor | None
     attended: Tensor
+
+    def on(self, device: torch.device) -> _Sample:
+        """The same on a device."""
+        moved = (None if t is None else t.to(device) for t in (self.x, self.mask, self.bias))
+        return _Sample(*moved, self.attended.to(device))  # type: ignore[arg-type]
 
     def arguments(self, call: str) -> tuple[Any, ...]:
         """The arguments as a module of that call takes them."""
@@ -109,9 +117,9 @@ def fitting(module: nn.Module, proposals: Sequence[Block], precision: str) -> Pa
     Raises:
         MismatchError: none does, or the kernels can't; says why.
     """
-    dtype = _check_weights(module, proposals[0])
+    dtype, device = _check_weights(module, proposals[0])
     try:
-        exact = copy.deepcopy(module).double().eval()
+        exact = copy.deepcopy(module).to("cpu", torch.float64).eval()
     except Exception as error:
         raise MismatchError(f"it can't be copied to be compared: {_short(error)}") from error
     block = _identified(copy.deepcopy(exact), proposals)
@@ -120,7 +128,7 @@ def fitting(module: nn.Module, proposals: Sequence[Block], precision: str) -> Pa
         packed = packs.fresh(module)
     except RuntimeError as error:
         raise MismatchError(_short(error.__cause__ or error)) from error
-    _check_kernels(module, exact, packs, packed, dtype)
+    _check_kernels(module, exact, packs, packed, dtype, device)
     return packs
 
 
@@ -131,7 +139,7 @@ def check_embeddings(module: nn.Module, call: str) -> None:
     Raises:
         MismatchError: it does; says why.
     """
-    dtype = _one_dtype(list(module.parameters()))
+    dtype, device = _one_kind(list(module.parameters()))
     fused: Any = copy.copy(module)
     plain: Any = copy.copy(module)
     install(fused, call, None)
@@ -143,6 +151,7 @@ def check_embeddings(module: nn.Module, call: str) -> None:
     padding = plain.word_embeddings.padding_idx
     if padding is not None:
         ids[-1, -1] = padding
+    ids = ids.to(device)
     try:
         want, found = plain.forward(ids), fused.forward(ids)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -183,23 +192,36 @@ def identified(module: nn.Module, proposals: Sequence[Block]) -> Block:
     return block
 
 
-def _check_weights(module: nn.Module, block: Block) -> torch.dtype:
-    """The dtype of the weights, all on the CPU."""
+def _check_weights(module: nn.Module, block: Block) -> tuple[torch.dtype, torch.device]:
+    """The dtype of the weights, and the device that they are on."""
     parts = [module.get_submodule(n) for n in (*block.linears(), *block.norms())]
-    return _one_dtype([p for part in parts for p in part.parameters(recurse=False)])
+    return _one_kind([p for part in parts for p in part.parameters(recurse=False)])
 
 
-def _one_dtype(held: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of parameters, all on the CPU."""
-    devices = {str(p.device) for p in held if p.device.type != "cpu"}
-    if devices:
-        raise MismatchError(f"its weights are on {', '.join(sorted(devices))}; accepted: cpu")
+def _one_kind(held: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
+    """The dtype and the device of parameters, one for all."""
+    devices = {str(p.device): p.device for p in held}
+    names = ", ".join(sorted(devices))
+    if len(devices) > 1:
+        raise MismatchError(f"its weights are on {names}; accepted: one device for all")
+    device = held[0].device
+    try:
+        hardware = HARDWARE[PACKED_BACKENDS.choose(None, device)]
+    except ValueError as error:
+        raise MismatchError(f"its weights are on {names}; accepted: cpu, cuda") from error
     kinds = {p.dtype for p in held}
-    if len(kinds) > 1 or not kinds <= set(_DTYPES):
-        accepted = " or ".join(map(str, _DTYPES))
+    try:
+        for kind in kinds:
+            choose_math(kind, None, hardware)
+        if len(kinds) > 1:
+            raise TypeError
+    except TypeError as error:
+        known = "float32 or torch.bfloat16" if hardware == "cpu" else "float32, bfloat16 or float16"
         found = ", ".join(sorted(map(str, kinds)))
-        raise MismatchError(f"its weights have dtype {found}; accepted: {accepted}, one for all")
-    return held[0].dtype
+        raise MismatchError(
+            f"its weights have dtype {found}; accepted: torch.{known}, one for all"
+        ) from error
+    return held[0].dtype, device
 
 
 def _sizes(module: nn.Module, block: Block) -> tuple[int, int]:
@@ -262,15 +284,19 @@ def _randomize(module: nn.Module) -> None:
 
 
 def _check_kernels(
-    module: nn.Module, exact: nn.Module, packs: Packs, packed: Packed, dtype: torch.dtype
+    module: nn.Module,
+    exact: nn.Module,
+    packs: Packs,
+    packed: Packed,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Refuse kernels that are further from float64 than plain PyTorch may be."""
     fused: Any = copy.copy(module)
     install(fused, packs.block.call, packs)
     fused.training = False
     block = packs.block
-    allowed = {"bf16x6": "fp32", "bf16x3": "fp32-high", "fp32": "fp32", "bf16": "fp32-medium"}
-    kind = "bf16" if dtype == torch.bfloat16 else allowed[packed.math]
+    kind = _NARROW.get(dtype) or _BOUNDS.get(packed.math, "fp32")
     hidden, heads = _sizes(module, block)
     for narrow in _samples(block, hidden, heads, dtype):
         # The very numbers of the narrower sample; only the mask's own least number is another.
@@ -284,7 +310,7 @@ def _check_kernels(
         want = wide.output(exact, block.call)
         if not bool(want.isfinite().all()):
             raise MismatchError("its own output on a sample is not finite")
-        error = accuracy.relative_error(narrow.output(fused, block.call), want)
+        error = accuracy.relative_error(narrow.on(device).output(fused, block.call), want)
         bound = accuracy.rounding_bound(lambda s=wide: s.output(exact, block.call), want, kind)  # type: ignore[misc]
         if not error <= bound:
             raise MismatchError(

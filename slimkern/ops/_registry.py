@@ -109,7 +109,15 @@ def _interpreted() -> bool:
 
 @cache
 def _implementation(package: str, backend: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"{package}.{backend}"), name)
+    try:
+        return getattr(importlib.import_module(f"{package}.{backend}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise RuntimeError(
+            f"{name} on a GPU is computed by Triton, and the package triton is not installed: "
+            "pip install triton (on Linux; PyTorch's wheels for GPUs bring it along)"
+        ) from error
 
 
 def define_op(
