@@ -9,8 +9,8 @@ that of a float64 copy as plain PyTorch's in the same precision may be.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,19 +18,12 @@ from torch import Tensor, nn
 
 from slimkern import accuracy
 from slimkern.discovery.block import Block
+from slimkern.fuse_samples import SEQUENCES, TOKENS, MismatchError, Sample, samples_for
 from slimkern.nn.fused import install
 from slimkern.nn.packs import Packs, weights_of
 from slimkern.ops import Packed, choose_math
 from slimkern.ops._packed import HARDWARE, PACKED_BACKENDS
-from slimkern.ops.attention_block.reference import attention_block
-from slimkern.ops.encoder_layer.reference import encoder_layer
-from slimkern.ops.ffn.reference import ffn
 
-_EQUATIONS: dict[str, Callable[..., Tensor]] = {
-    "encoder_layer": encoder_layer,
-    "attention_block": attention_block,
-    "ffn": ffn,
-}
 _ACTIVATIONS = ("gelu", "relu", "silu", "gelu_tanh", "quick_gelu", "squared_relu", "none")
 # How packs compute -> the bound on their error.
 _BOUNDS = {"bf16x6": "fp32", "bf16x3": "fp32-high", "tf32": "fp32-high", "bf16": "fp32-medium"}
@@ -40,69 +33,6 @@ _NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SAME = 2.0**-36
 # fc1 as it is, and with outputs so large that an activation with a ceiling shows it.
 _SCALES = (1.0, 64.0)
-_SEQUENCES, _TOKENS, _KEPT = 2, 5, 3
-
-
-class MismatchError(Exception):
-    """A module is not what its description says, or its kernels are not exact enough."""
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One call: hidden states, a mask of four dimensions, a bias per head, and what counts."""
-
-    x: Tensor
-    mask: Tensor | None
-    bias: Tensor | None
-    attended: Tensor
-
-    def on(self, device: torch.device) -> _Sample:
-        """The same on a device."""
-        moved = (None if t is None else t.to(device) for t in (self.x, self.mask, self.bias))
-        return _Sample(*moved, self.attended.to(device))  # type: ignore[arg-type]
-
-    def arguments(self, call: str) -> tuple[Any, ...]:
-        """The arguments as a module of that call takes them."""
-        if call == "ffn":
-            return (self.x,)
-        return (self.x, self.mask, self.bias) if "mpnet" in call else (self.x, self.mask)
-
-    def output(self, module: Any, call: str) -> Tensor:
-        """What a module makes of it, at the positions that count; hooks are not called."""
-        y = module.forward(*self.arguments(call))
-        y = y[0] if isinstance(y, tuple) else y
-        if not isinstance(y, Tensor) or y.shape != self.x.shape:
-            raise MismatchError(
-                f"it returns no tensor of shape {tuple(self.x.shape)} for one like it"
-            )
-        return y[self.attended]
-
-    def equation(self, block: Block, weights: Any) -> Tensor:
-        """What the block's equation makes of it, at the positions that count."""
-        if block.kind == "ffn":
-            return _EQUATIONS["ffn"](self.x, weights)[self.attended]
-        mask = None if self.mask is None else self.mask[:, 0, 0]
-        bias = None if self.bias is None else self.bias[0]
-        return _EQUATIONS[block.kind](self.x, weights, mask, bias)[self.attended]
-
-
-def _samples(block: Block, hidden: int, heads: int, dtype: torch.dtype) -> Iterator[_Sample]:
-    """Without padding and, where there is attention, with some."""
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(_SEQUENCES, _TOKENS, hidden, generator=random).to(dtype)
-    everything = torch.ones(_SEQUENCES, _TOKENS, dtype=torch.bool)
-    bias = None
-    if "mpnet" in block.call:
-        bias = torch.randn(1, heads, _TOKENS, _TOKENS, generator=random).to(dtype)
-        bias = bias.expand(_SEQUENCES, -1, -1, -1)
-    yield _Sample(x, None, bias, everything)
-    if block.kind == "ffn":
-        return
-    attended = everything.clone()
-    attended[-1, _KEPT:] = False
-    least = torch.finfo(dtype).min
-    mask = torch.zeros(_SEQUENCES, 1, 1, _TOKENS, dtype=dtype)
-    yield _Sample(x, mask.masked_fill(~attended[:, None, None], least), bias, attended)
 
 
 @torch.no_grad()
@@ -146,8 +76,8 @@ def check_embeddings(module: nn.Module, call: str) -> None:
     fused.training = plain.training = False
     vocabulary, hidden = plain.word_embeddings.weight.shape
     random = torch.Generator().manual_seed(0)
-    places = min(_TOKENS, len(plain.position_embeddings.weight) // 2)
-    ids = torch.randint(vocabulary, (_SEQUENCES, places), generator=random)
+    places = min(TOKENS, len(plain.position_embeddings.weight) // 2)
+    ids = torch.randint(vocabulary, (SEQUENCES, places), generator=random)
     padding = plain.word_embeddings.padding_idx
     if padding is not None:
         ids[-1, -1] = padding
@@ -184,7 +114,7 @@ def identified(module: nn.Module, proposals: Sequence[Block]) -> Block:
     for part in exact.modules():
         if isinstance(part, nn.modules.dropout._DropoutNd):
             part.p = 0.0
-    samples = list(_samples(block, *_sizes(exact, block), torch.float64))
+    samples = list(samples_for(block, *_sizes(exact, block), torch.float64))
     with torch.random.fork_rng(devices=[]):
         wanted = [s.output(exact.train(), block.call) for s in samples]
     if not _same(exact, block, samples, wanted):
@@ -235,7 +165,7 @@ def _identified(exact: nn.Module, proposals: Sequence[Block]) -> Block:
     """The description that is the module's: proposals with each activation, on random weights."""
     _randomize(exact)
     hidden, heads = _sizes(exact, proposals[0])
-    samples = list(_samples(proposals[0], hidden, heads, torch.float64))
+    samples = list(samples_for(proposals[0], hidden, heads, torch.float64))
     left = [
         (replace(b, ffn=replace(b.ffn, activation=name)) if b.ffn is not None else b)
         for b in proposals
@@ -263,7 +193,7 @@ def _identified(exact: nn.Module, proposals: Sequence[Block]) -> Block:
 
 
 def _same(
-    exact: nn.Module, block: Block, samples: Sequence[_Sample], wanted: Sequence[Tensor]
+    exact: nn.Module, block: Block, samples: Sequence[Sample], wanted: Sequence[Tensor]
 ) -> bool:
     weights = weights_of(exact, block)
     return all(
@@ -298,7 +228,7 @@ def _check_kernels(
     block = packs.block
     kind = _NARROW.get(dtype) or _BOUNDS.get(packed.math, "fp32")
     hidden, heads = _sizes(module, block)
-    for narrow in _samples(block, hidden, heads, dtype):
+    for narrow in samples_for(block, hidden, heads, dtype):
         # The very numbers of the narrower sample; only the mask's own least number is another.
         mask = narrow.mask
         if mask is not None:

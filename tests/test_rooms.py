@@ -125,9 +125,28 @@ ROOMS: list[tuple[str, set[str]]] = [
     ),
     ("ops/_math.py", {"torch", "slimkern.ops._native"}),
     ("ops/_fused.py", {"torch", "slimkern.ops._native"}),
+    ("ops/_packed.py", {"torch", "slimkern.ops._registry"}),
     (
         "ops/_pack.py",
-        {"torch", *(f"slimkern.ops.{m}" for m in ("_math", "_native", "_weights"))},
+        {
+            "torch",
+            *(
+                f"slimkern.ops.{m}"
+                for m in ("_device_pack", "_math", "_native", "_packed", "_weights")
+            ),
+        },
+    ),
+    (
+        "ops/_device_pack.py",
+        {"torch", *(f"slimkern.ops.{m}" for m in ("_math", "_native", "_packed", "_weights"))},
+    ),
+    ("ops/_row_norm.py", {"torch", "triton", "slimkern.ops._tile"}),
+    (
+        "ops/_device_blocks.py",
+        {
+            "torch",
+            *(f"slimkern.ops.{m}" for m in ("_device_pack", "_gemm", "_row_norm", "_tile")),
+        },
     ),
     (
         "ops/attention_block/reference.py",
@@ -158,7 +177,11 @@ ROOMS: list[tuple[str, set[str]]] = [
     ),
     (
         "ops/*/triton.py",
-        {"torch", "triton", *(f"slimkern.ops.{m}" for m in ("_activations", "_gemm", "_tile"))},
+        {
+            "torch",
+            "triton",
+            *(f"slimkern.ops.{m}" for m in ("_activations", "_device_blocks", "_gemm", "_tile")),
+        },
     ),
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),
@@ -208,7 +231,18 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.plan",
         },
     ),
-    ("fuse_check.py", {"torch", "slimkern.accuracy", "slimkern.ops", "slimkern.nn", *BLOCKS}),
+    ("fuse_samples.py", {"torch", "slimkern.ops", *BLOCKS}),
+    (
+        "fuse_check.py",
+        {
+            "torch",
+            "slimkern.accuracy",
+            "slimkern.fuse_samples",
+            "slimkern.ops",
+            "slimkern.nn",
+            *BLOCKS,
+        },
+    ),
     (
         "fuse.py",
         {

@@ -131,7 +131,7 @@ def gathered(
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None = None, rows: Tensor | None = None, *,
     activation: str = "none", keep_input: Literal[False] = False,
-    residual: Tensor | None = None, out: Tensor | None = None,
+    residual: Tensor | None = None, out: Tensor | None = None, input_precision: str | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def product(
 def product(
     x: Tensor, w: Tensor, bias: Tensor | None = None, rows: Tensor | None = None, *,
     activation: str = "none", keep_input: Literal[True],
-    residual: Tensor | None = None, out: Tensor | None = None,
+    residual: Tensor | None = None, out: Tensor | None = None, input_precision: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 

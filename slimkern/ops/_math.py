@@ -81,7 +81,7 @@ def choose_math(dtype: torch.dtype, precision: str | None = None, device_type: s
         TypeError: another dtype.
         ValueError: another precision.
     """
-    accepted = (torch.float32, torch.bfloat16)
+    accepted: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     if device_type != "cpu":
         accepted += (torch.float16,)
     if dtype not in accepted:
