@@ -119,6 +119,11 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
     ("ops/_linear.py", {"torch"}),
+    ("ops/_block_tiles.py", {"torch", "triton", "slimkern.ops._tile"}),
+    (
+        "ops/block_masked_linear/triton.py",
+        {"torch", "triton", "slimkern.ops._block_tiles", "slimkern.ops._tile"},
+    ),
     (
         "ops/_plain.py",
         {"torch", *(f"slimkern.ops.{m}" for m in ("_block_mask", "_math", "_native"))},

@@ -1,4 +1,4 @@
-"""What a block mask means to tiled kernels: which parts of a weight hold nothing, and masked copies.
+"""What a block mask means to tiled kernels: what of a weight holds nothing, and masked copies.
 
 The reduction of a product is cut into *steps* of ``STEP`` entries. For every tile of outputs a
 :class:`Schedule` lists the steps in which the tile keeps any weight; a kernel goes through those
@@ -37,10 +37,10 @@ def kept_tile(bits_ptr, stride, n, mask_n, k, mask_k, bn, bk, K_FIRST: tl.conste
     byte = column // 8
     shift = (column % 8).to(tl.int32)
     if K_FIRST:
-        bits = load_tile(bits_ptr, byte, 1, mask_k, row, 1, mask_n)
-        return ((bits.to(tl.int32) >> shift[:, None]) & 1) != 0
-    bits = load_tile(bits_ptr, row, 1, mask_n, byte, 1, mask_k)
-    return ((bits.to(tl.int32) >> shift[None, :]) & 1) != 0
+        bits = load_tile(bits_ptr, byte, 1, mask_k, row, 1, mask_n).to(tl.int32) >> shift[:, None]
+    else:
+        bits = load_tile(bits_ptr, row, 1, mask_n, byte, 1, mask_k).to(tl.int32) >> shift[None, :]
+    return (bits & 1) != 0
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _copy_kernel(
     if IN_PLACE:
         pointers = out_ptr + (n * stride_on)[:, None] + (k * stride_ok)[None, :]
         zeros = tl.zeros((BLOCK_N, BLOCK_K), dtype=out_ptr.dtype.element_ty)
-        tl.store(pointers, zeros, mask=inside & (kept == 0))
+        tl.store(pointers, zeros, mask=inside & ~kept)
     else:
         pointers = weight_ptr + (n * stride_wn)[:, None] + (k * stride_wk)[None, :]
         tile = tl.load(pointers, mask=kept & inside, other=0.0)

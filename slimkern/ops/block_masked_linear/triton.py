@@ -1,6 +1,6 @@
 """``block_masked_linear`` on GPUs: a product goes through the steps in which a tile keeps weights.
 
-The equations are those of ``reference.py``. ``M`` is the number of tokens, ``O`` that of outputs
+The equations are those of ``reference.py``. ``M`` is the number of tokens, ``P`` that of outputs
 and ``R`` the length of the reduction: (N, K) of the weight forward, (K, N) for dx. A tile of
 outputs has a list of the steps of its reduction that hold any weight (``_block_tiles.py``); what is
 in no list is neither read nor multiplied. There are three ways, and all give zero weights, never
@@ -57,13 +57,13 @@ def _listed(list_ptr, count, offs, STEP: tl.constexpr):
 @triton.jit
 def _block_masked_product_kernel(
     x_ptr, w_ptr, b_ptr, bits_ptr, list_ptr, counts_ptr, y_ptr,
-    M, O, R, steps, bn, bk,
-    stride_xm, stride_xr, stride_wo, stride_wr, stride_b, stride_bits, stride_ym,
+    M, P, R, steps, bn, bk,
+    stride_xm, stride_xr, stride_wp, stride_wr, stride_b, stride_bits, stride_ym,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, TURNED: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One ``[BLOCK_M, BLOCK_O]`` tile of ``y = x @ V^T + b``, V [O, R] the masked weight.
+    """One ``[BLOCK_M, BLOCK_P]`` tile of ``y = x @ V^T + b``, V [P, R] the masked weight.
 
     With ``MASKED`` the weight is as the user has it, and its bits are applied; else it is masked
     already. ``TURNED``: V is the transpose of the weight that the bits speak of.
@@ -71,15 +71,15 @@ def _block_masked_product_kernel(
     R = with_alignment(R, ALIGN)
     stride_xm = with_alignment(stride_xm, ALIGN)
     stride_ym = with_alignment(stride_ym, ALIGN)
-    pid_m, pid_o = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(O, BLOCK_O), GROUP)
+    pid_m, pid_p = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(P, BLOCK_P), GROUP)
     offs_m = offsets(pid_m, BLOCK_M)
-    offs_o = offsets(pid_o, BLOCK_O)
+    offs_p = offsets(pid_p, BLOCK_P)
     mask_m = offs_m < M
-    mask_o = offs_o < O
-    count = tl.load(counts_ptr + pid_o)
-    list_ptr += pid_o.to(tl.int64) * steps
+    mask_p = offs_p < P
+    count = tl.load(counts_ptr + pid_p)
+    list_ptr += pid_p.to(tl.int64) * steps
 
-    acc = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_P), dtype=tl.float32)
     for block in range(tl.cdiv(count * STEP, BLOCK_R)):
         offs_r, inside = _listed(list_ptr, count, block * BLOCK_R + tl.arange(0, BLOCK_R), STEP)
         mask_r = inside & (offs_r < R)
@@ -87,22 +87,22 @@ def _block_masked_product_kernel(
         if MASKED:
             if TURNED:
                 kept = kept_tile(
-                    bits_ptr, stride_bits, offs_r, mask_r, offs_o, mask_o, bn, bk, K_FIRST=False
+                    bits_ptr, stride_bits, offs_r, mask_r, offs_p, mask_p, bn, bk, K_FIRST=False
                 )
             else:
                 kept = kept_tile(
-                    bits_ptr, stride_bits, offs_o, mask_o, offs_r, mask_r, bn, bk, K_FIRST=True
+                    bits_ptr, stride_bits, offs_p, mask_p, offs_r, mask_r, bn, bk, K_FIRST=True
                 )
-            pointers = w_ptr + (offs_r * stride_wr)[:, None] + (offs_o * stride_wo)[None, :]
-            inside_w = mask_r[:, None] & mask_o[None, :]
+            pointers = w_ptr + (offs_r * stride_wr)[:, None] + (offs_p * stride_wp)[None, :]
+            inside_w = mask_r[:, None] & mask_p[None, :]
             w_tile = tl.load(pointers, mask=inside_w & kept, other=0.0)
         else:
-            w_tile = load_tile(w_ptr, offs_r, stride_wr, mask_r, offs_o, stride_wo, mask_o)
+            w_tile = load_tile(w_ptr, offs_r, stride_wr, mask_r, offs_p, stride_wp, mask_p)
         acc = dot(x_tile, w_tile, acc, PRECISION)
 
     if HAS_BIAS:
-        acc += tl.load(b_ptr + offs_o * stride_b, mask=mask_o, other=0.0).to(tl.float32)[None, :]
-    store_tile(y_ptr, acc, offs_m, stride_ym, mask_m, offs_o, 1, mask_o)
+        acc += tl.load(b_ptr + offs_p * stride_b, mask=mask_p, other=0.0).to(tl.float32)[None, :]
+    store_tile(y_ptr, acc, offs_m, stride_ym, mask_m, offs_p, 1, mask_p)
 
 
 @triton.jit
@@ -239,33 +239,33 @@ def _product(
     block: tuple[int, int],
     turned: bool,
 ) -> Tensor:
-    """x @ Vᵀ + b with V the masked weight [N, K], or its transpose: x [M, R] -> [M, O]."""
+    """x @ Vᵀ + b with V the masked weight [N, K], or its transpose: x [M, R] -> [M, P]."""
     check_dtype("x", x)
     N, K = weight.shape
-    M, (O, R) = x.shape[0], ((K, N) if turned else (N, K))  # noqa: E741
+    M, (P, R) = x.shape[0], ((K, N) if turned else (N, K))
     listed = schedule(bits, block, (N, K), _OUTPUTS, turned)
     few = M <= _FEW_TOKENS
     if not few and _is_dense(listed.kept_share()):
         copy = masked_copy(weight, bits, block)
         return F.linear(x, copy.t() if turned else copy, bias)
-    y = torch.empty((M, O), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, P), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
     if not few:
         weight = masked_copy(weight, bits, block)
-    tile = choose_tile(_FLOAT_TILES if x.dtype == torch.float32 else _HALF_TILES, bucket(M), O)
-    stride_wo, stride_wr = weight.stride()[::-1] if turned else weight.stride()
+    tile = choose_tile(_FLOAT_TILES if x.dtype == torch.float32 else _HALF_TILES, bucket(M), P)
+    stride_wp, stride_wr = weight.stride()[::-1] if turned else weight.stride()
     bits = bits.contiguous()
     with torch.cuda.device_of(x):
-        _block_masked_product_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(O, tile.b),)](
+        _block_masked_product_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(P, tile.b),)](
             x, weight, bias, bits, listed.steps, listed.counts, y,
-            M, O, R, listed.steps.shape[1], *block,
-            *x.stride(), stride_wo, stride_wr,
+            M, P, R, listed.steps.shape[1], *block,
+            *x.stride(), stride_wp, stride_wr,
             1 if bias is None else bias.stride(0), bits.stride(0), y.stride(0),
             HAS_BIAS=bias is not None, MASKED=few, TURNED=turned,
             ALIGN=alignment(R, x.stride(0), y.stride(0)),
             PRECISION=precision(x.dtype), STEP=STEP,
-            BLOCK_M=tile.a, BLOCK_O=tile.b, BLOCK_R=tile.k, GROUP=_GROUP,
+            BLOCK_M=tile.a, BLOCK_P=tile.b, BLOCK_R=tile.k, GROUP=_GROUP,
             **launch_options(tile),
         )  # fmt: skip
     return y
