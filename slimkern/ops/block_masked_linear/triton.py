@@ -36,6 +36,7 @@ from slimkern.ops._tile import (
     launch_options,
     load_tile,
     offsets,
+    on_device,
     precision,
     store_tile,
     swizzle,
@@ -213,7 +214,7 @@ def block_masked_linear_dw(
     bits = bits.contiguous()
     steps = listed.steps.shape[1]
     programs = triton.cdiv(N, tile.a) * triton.cdiv(steps * STEP, tile.b)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _block_masked_dw_kernel[(programs,)](
             grad_y, x, bits, listed.steps, listed.counts, grad_w,
             M, N, K, steps, *block,
@@ -256,7 +257,7 @@ def _product(
     tile = choose_tile(_FLOAT_TILES if x.dtype == torch.float32 else _HALF_TILES, bucket(M), P)
     stride_wp, stride_wr = weight.stride()[::-1] if turned else weight.stride()
     bits = bits.contiguous()
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _block_masked_product_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(P, tile.b),)](
             x, weight, bias, bits, listed.steps, listed.counts, y,
             M, P, R, listed.steps.shape[1], *block,
