@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from slimkern.ops._tile import load_tile, offsets, store_tile
+from slimkern.ops._tile import load_tile, offsets, on_device, store_tile
 
 STEP = 32
 _STEPS_AT_ONCE = 8  # of a program that looks for kept bits
@@ -124,22 +124,12 @@ class Schedule:
     Attributes:
         steps: int32 [tiles, all steps]: those with weights, ascending, and then the others.
         counts: int32 [tiles]: how many there are with weights.
-        share: of all steps, those with weights; None until :meth:`kept_share` has read it.
+        share: of all steps, those with weights; None until :func:`kept_share` has read it.
     """
 
     steps: Tensor
     counts: Tensor
     share: float | None = None
-
-    def kept_share(self) -> float | None:
-        """The share of steps that a product goes through; 1 where there is none.
-
-        The first call waits for the device. None while a CUDA graph is captured and it isn't known.
-        """
-        if self.share is None and not _capturing(self.counts):
-            every = self.steps.numel()
-            self.share = int(self.counts.sum()) / every if every else 1.0
-        return self.share
 
 
 @dataclass
@@ -174,6 +164,30 @@ def schedule(
     return known.schedules[tile, turned]
 
 
+def kept_share(
+    bits: Tensor, block: tuple[int, int], shape: tuple[int, int], tile: int, turned: bool = False
+) -> float | None:
+    """The share of steps that a product goes through; 1 where there is none.
+
+    The first call for each state of a mask waits for the device. While a CUDA graph is captured,
+    nothing may wait: then it is what is known from before, or None.
+
+    Args:
+        bits, block, shape, tile, turned: as of :func:`schedule`.
+    """
+    if _capturing(bits):
+        known = None if bits.is_inference() else _known.get(bits)
+        if known is None or known.version != bits._version:
+            return None
+        found = known.schedules.get((tile, turned))
+        return None if found is None else found.share
+    made = schedule(bits, block, shape, tile, turned)
+    if made.share is None:
+        every = made.steps.numel()
+        made.share = int(made.counts.sum()) / every if every else 1.0
+    return made.share
+
+
 def _look_up(bits: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> _Known:
     if bits.is_inference() or _capturing(bits):
         return _Known(0, 0, _flags(bits, block, shape))
@@ -196,11 +210,12 @@ def _flags(bits: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tens
     rows, columns = triton.cdiv(N, STEP), triton.cdiv(K, STEP)
     flags = torch.empty((rows, columns), dtype=torch.uint8, device=bits.device)
     if flags.numel():
-        _flags_kernel[(rows, triton.cdiv(columns, _STEPS_AT_ONCE))](
-            bits, flags,
-            N, K, *block, bits.stride(0), flags.stride(0),
-            STEP=STEP, STEPS=_STEPS_AT_ONCE, num_warps=4,
-        )  # fmt: skip
+        with on_device(bits):
+            _flags_kernel[(rows, triton.cdiv(columns, _STEPS_AT_ONCE))](
+                bits, flags,
+                N, K, *block, bits.stride(0), flags.stride(0),
+                STEP=STEP, STEPS=_STEPS_AT_ONCE, num_warps=4,
+            )  # fmt: skip
     return flags
 
 
@@ -211,11 +226,12 @@ def _listed(flags: Tensor, tile: int, turned: bool) -> Schedule:
     listed = torch.empty((tiles, steps), dtype=torch.int32, device=flags.device)
     counts = torch.empty((tiles,), dtype=torch.int32, device=flags.device)
     if tiles:
-        _list_kernel[(tiles,)](
-            flags, listed, counts,
-            squares, steps, *flags.stride(),
-            SQUARES=tile // STEP, BLOCK=_LIST_BLOCK, num_warps=4,
-        )  # fmt: skip
+        with on_device(flags):
+            _list_kernel[(tiles,)](
+                flags, listed, counts,
+                squares, steps, *flags.stride(),
+                SQUARES=tile // STEP, BLOCK=_LIST_BLOCK, num_warps=4,
+            )  # fmt: skip
     return Schedule(listed, counts)
 
 
@@ -233,10 +249,11 @@ def masked_copy(
     out = torch.empty((N, K), dtype=weight.dtype, device=weight.device) if out is None else out
     bits = bits.contiguous()
     if out.numel():
-        _copy_kernel[(triton.cdiv(K, 128), triton.cdiv(N, 32))](
-            weight, bits, out,
-            N, K, *block,
-            *weight.stride(), bits.stride(0), *out.stride(),
-            IN_PLACE=out is weight, BLOCK_N=32, BLOCK_K=128, num_warps=4,
-        )  # fmt: skip
+        with on_device(weight):
+            _copy_kernel[(triton.cdiv(K, 128), triton.cdiv(N, 32))](
+                weight, bits, out,
+                N, K, *block,
+                *weight.stride(), bits.stride(0), *out.stride(),
+                IN_PLACE=out is weight, BLOCK_N=32, BLOCK_K=128, num_warps=4,
+            )  # fmt: skip
     return out

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkern.ops._block_tiles import STEP, kept_tile, masked_copy, schedule
+from slimkern.ops._block_tiles import STEP, kept_share, kept_tile, masked_copy, schedule
 from slimkern.ops._tile import (
     Tile,
     alignment,
@@ -201,8 +201,7 @@ def block_masked_linear_dw(
     """
     check_dtype("x", x)
     block = (bn, bk)
-    listed = schedule(bits, block, (N, K), _OUTPUTS)
-    if _is_dense(listed.kept_share()):
+    if _is_dense(bits, block, (N, K)):
         grad_w = grad_y.t() @ x
         return masked_copy(grad_w, bits, block, out=grad_w)
     M = x.shape[0]
@@ -211,7 +210,7 @@ def block_masked_linear_dw(
     if grad_w.numel() == 0:
         return grad_w
     tile = choose_tile(tiles, N, K)
-    bits = bits.contiguous()
+    listed, bits = schedule(bits, block, (N, K), _OUTPUTS), bits.contiguous()
     steps = listed.steps.shape[1]
     programs = triton.cdiv(N, tile.a) * triton.cdiv(steps * STEP, tile.b)
     with on_device(x):
@@ -227,9 +226,14 @@ def block_masked_linear_dw(
     return grad_w
 
 
-def _is_dense(share: float | None) -> bool:
-    """Whether a plain product is faster; where nobody knows, a list is never much slower."""
-    return share is not None and share > _MOST_KEPT
+def _is_dense(
+    bits: Tensor, block: tuple[int, int], shape: tuple[int, int], turned: bool = False
+) -> bool:
+    """Whether a plain product is faster than going through lists."""
+    share = kept_share(bits, block, shape, _OUTPUTS, turned)
+    if share is None:  # in a CUDA graph of a mask never used before: blocks tell what is likely
+        return min(block) < STEP
+    return share > _MOST_KEPT
 
 
 def _product(
@@ -244,9 +248,8 @@ def _product(
     check_dtype("x", x)
     N, K = weight.shape
     M, (P, R) = x.shape[0], ((K, N) if turned else (N, K))
-    listed = schedule(bits, block, (N, K), _OUTPUTS, turned)
     few = M <= _FEW_TOKENS
-    if not few and _is_dense(listed.kept_share()):
+    if not few and _is_dense(bits, block, (N, K), turned):
         copy = masked_copy(weight, bits, block)
         return F.linear(x, copy.t() if turned else copy, bias)
     y = torch.empty((M, P), dtype=x.dtype, device=x.device)
@@ -256,7 +259,7 @@ def _product(
         weight = masked_copy(weight, bits, block)
     tile = choose_tile(_FLOAT_TILES if x.dtype == torch.float32 else _HALF_TILES, bucket(M), P)
     stride_wp, stride_wr = weight.stride()[::-1] if turned else weight.stride()
-    bits = bits.contiguous()
+    listed, bits = schedule(bits, block, (N, K), _OUTPUTS, turned), bits.contiguous()
     with on_device(x):
         _block_masked_product_kernel[(triton.cdiv(M, tile.a) * triton.cdiv(P, tile.b),)](
             x, weight, bias, bits, listed.steps, listed.counts, y,
