@@ -162,6 +162,44 @@ def slow_steps(mask: BlockMask, tile: int, turned: bool) -> list[list[int]]:
     ]
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="calls are counted in the interpreter")
+@pytest.mark.parametrize("way", ["loaded", "listed"], indirect=True)
+def test_products_are_taken_of_steps_with_weights_alone(way, monkeypatch):
+    calls = []
+    dot = kernels.dot
+
+    def counted(a, b, acc, PRECISION):
+        calls.append(1)
+        return dot(a, b, acc, PRECISION)
+
+    monkeypatch.setattr(kernels, "dot", counted)
+    case = MaskCase(40, 130, 330, (32, 32), 0.15)
+    inputs, mask = make_case(case, torch.float32)
+    x, weight, grad_y = inputs.x.detach(), inputs.weight.detach(), inputs.grad_y
+
+    def of(call, *arguments):
+        calls.clear()
+        call(*arguments)
+        return len(calls)
+
+    def wanted(turned, tile):
+        lists = slow_steps(mask, tile.b, turned)
+        tiles = -(-case.M // tile.a)
+        return sum(tiles * -(-len(steps) * STEP // tile.k) for steps in lists)
+
+    tiles = kernels._tiles(x, way == "loaded")
+    for turned, call, a in (
+        (False, kernels.block_masked_linear_fwd, (x, weight, None)),
+        (True, kernels.block_masked_linear_dx, (grad_y, weight)),
+    ):
+        tile = _tile.choose_tile(tiles, 64, weight.shape[turned])
+        assert of(call, *a, mask.bits, 32, 32) == wanted(turned, tile) > 0
+    (tile,) = kernels._FLOAT_DW_TILES
+    groups = sum(-(-len(steps) * STEP // tile.b) for steps in slow_steps(mask, tile.a, False))
+    products = of(kernels.block_masked_linear_dw, grad_y, x, mask.bits, 32, 32, *weight.shape)
+    assert products == groups * -(-case.M // tile.k) > 0
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("tile", [32, 64, 128])

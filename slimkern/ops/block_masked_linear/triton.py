@@ -159,6 +159,15 @@ _FLOAT_TILES = (
     Tile(64, _OUTPUTS, 16, warps=4, stages=3),
     Tile(16, _OUTPUTS, 16, warps=4, stages=3),
 )
+# A tile that is masked as it is loaded has its bits in registers too.
+_HALF_LOADED_TILES = (
+    Tile(64, _OUTPUTS, 64, warps=8, stages=3),
+    Tile(16, _OUTPUTS, 64, warps=4, stages=3),
+)
+_FLOAT_LOADED_TILES = (
+    Tile(32, _OUTPUTS, 16, warps=4, stages=3),
+    Tile(16, _OUTPUTS, 16, warps=4, stages=3),
+)
 _HALF_DW_TILES = (
     Tile(_OUTPUTS, 256, 32, warps=8, stages=3),
     Tile(_OUTPUTS, 128, 64, warps=4, stages=3),
@@ -236,6 +245,12 @@ def _is_dense(
     return share > _MOST_KEPT
 
 
+def _tiles(x: Tensor, few: bool) -> tuple[Tile, ...]:
+    if x.dtype == torch.float32:
+        return _FLOAT_LOADED_TILES if few else _FLOAT_TILES
+    return _HALF_LOADED_TILES if few else _HALF_TILES
+
+
 def _product(
     x: Tensor,
     weight: Tensor,
@@ -257,7 +272,7 @@ def _product(
         return y
     if not few:
         weight = masked_copy(weight, bits, block)
-    tile = choose_tile(_FLOAT_TILES if x.dtype == torch.float32 else _HALF_TILES, bucket(M), P)
+    tile = choose_tile(_tiles(x, few), bucket(M), P)
     stride_wp, stride_wr = weight.stride()[::-1] if turned else weight.stride()
     listed, bits = schedule(bits, block, (N, K), _OUTPUTS, turned), bits.contiguous()
     with on_device(x):
