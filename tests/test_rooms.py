@@ -62,6 +62,8 @@ HF = {"transformers", "accelerate"}
 TRAINING = {*LIBRARY, *HF, "slimkern.training", "rich", "scipy", "pandas", "pyarrow"}
 EVERYTHING = {*TRAINING, "slimkern", "typer", "click", "jinja2", "markupsafe", "matplotlib"}
 
+_GPU = ("_activations", "_device_blocks", "_gemm", "_gemm_kernels", "_rows", "_tile")  # shared by Triton's kernels
+
 # The first prefix that fits decides. "slimkern.x" allows the module and all below it.
 ROOMS: list[tuple[str, set[str]]] = [
     ("patterns/pattern.py", set()),
@@ -116,6 +118,8 @@ ROOMS: list[tuple[str, set[str]]] = [
         "ops/_gemm.py",
         {"torch", "triton", "slimkern.ops._gemm_kernels", "slimkern.ops._tile"},
     ),
+    ("ops/_rows.py", {"torch", "triton"}),
+    ("ops/_drop.py", {"torch", "slimkern.ops._native"}),
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
     ("ops/_linear.py", {"torch"}),
@@ -174,19 +178,19 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.ops.ffn.reference",
         },
     ),
+    ("ops/add_norm/reference.py", {"torch", "slimkern.ops.seeded_dropout.reference"}),
     ("ops/block_masked_linear/reference.py", {"torch", "slimkern.ops._block_mask"}),
     ("ops/*/reference.py", {"torch", "slimkern.ops._weights"}),
     (
         "ops/*/cpu.py",
-        {"torch", *(f"slimkern.ops.{m}" for m in ("_block_mask", "_fused", "_native", "_plain"))},
+        {
+            "torch",
+            *(f"slimkern.ops.{m}" for m in ("_block_mask", "_drop", "_fused", "_native", "_plain")),
+        },
     ),
     (
         "ops/*/triton.py",
-        {
-            "torch",
-            "triton",
-            *(f"slimkern.ops.{m}" for m in ("_activations", "_device_blocks", "_gemm", "_tile")),
-        },
+        {"torch", "triton", *(f"slimkern.ops.{m}" for m in _GPU)},
     ),
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),

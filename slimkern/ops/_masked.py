@@ -157,11 +157,11 @@ class Ending:
         by: Backend,
     ) -> tuple[Tensor, Saved]:
         """y, x [M, N] -> the result in x's dtype (y's without residual), what to save."""
+        if norm is not None and self.eps is not None:
+            out, s, stats = add_norm_fwd(y, x, *norm, self.eps, seed, self.dropout, by.rows)
+            return out, (s, stats, seed)
         if seed is not None:
             y = seeded_dropout(y, seed, self.dropout, by.rows)
-        if norm is not None and self.eps is not None:
-            out, s, stats = add_norm_fwd(y, x, *norm, self.eps, by.rows)
-            return out, (s, stats, seed)
         return (x + y if self.residual else y), (None, None, seed)
 
     def backward(
@@ -170,18 +170,17 @@ class Ending:
         """-> d_x (None without residual), d_y in ``dtype``, its sum over rows, and those of gamma
         and beta [2, N] (None without a norm)."""
         s, stats, seed = saved
-        norms = None
         if s is not None and stats is not None and gamma is not None:
             narrow = dtype == torch.bfloat16 and grad.dtype != dtype
-            to_x, low, sums = add_norm_grad(grad, s, stats, gamma, narrow, by.rows)
-            to_y, norms, total = (low if narrow else to_x.to(dtype)), sums[:2], sums[2]
-            if seed is None:
-                return to_x, to_y, total, norms
-        else:
-            to_x, to_y = grad, grad.to(dtype)
+            to_x, apart, sums = add_norm_grad(
+                grad, s, stats, gamma, narrow, seed, self.dropout, by.rows
+            )
+            to_y = apart if narrow or seed is not None else to_x
+            return to_x, to_y.to(dtype), sums[2], sums[:2]
+        to_y = grad.to(dtype)
         if seed is not None:
             to_y = seeded_dropout(to_y, seed, self.dropout, by.rows)
-        return (to_x if self.residual else None), to_y, column_sums(to_y), norms
+        return (grad if self.residual else None), to_y, column_sums(to_y), None
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -86,7 +86,7 @@ def masked_attention(
     y: Tensor = MaskedOutputFn.apply(
         context.transpose(1, 2).reshape(M, -1), folded, w.output.weight, w.output.bias,
         None if post is None else post.weight, None if post is None else post.bias,
-        draw_seed() if dropout else None, kept.output, dtype,
+        draw_seed(x.device) if dropout else None, kept.output, dtype,
         Ending(w.residual, None if post is None else post.eps, dropout), by,
     )  # fmt: skip
     return y.view(x.shape)

@@ -141,7 +141,7 @@ def masked_ffn(
     y: Tensor = MaskedFfnFn.apply(
         folded, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
         None if post is None else post.weight, None if post is None else post.bias,
-        draw_seed() if dropout else None, keep, weights.activation, dtype, ending,
+        draw_seed(x.device) if dropout else None, keep, weights.activation, dtype, ending,
         Backend.choose(backend, folded, dtype),
     )  # fmt: skip
     return y if x.dim() == 2 else y.reshape(x.shape)
