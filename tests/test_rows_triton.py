@@ -92,7 +92,7 @@ def test_slopes_everywhere(name, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_sums_in_slices(device, poisoned, monkeypatch):
-    """Slices of several steps, the last of them short: exact numbers, so that none may be missing."""
+    """Slices of several steps, the last one short: exact numbers, so that none may be missing."""
     monkeypatch.setattr(_rows, "_PROGRAMS", 6)
     x = torch.ones(403, 3, device=device)
     _, _, sums = activation.activation_grad(x, x, "relu")
