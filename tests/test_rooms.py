@@ -178,6 +178,7 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.ops.ffn.reference",
         },
     ),
+    ("ops/kept_linear/reference.py", {"torch", "slimkern.ops.activation.reference"}),
     ("ops/add_norm/reference.py", {"torch", "slimkern.ops.seeded_dropout.reference"}),
     ("ops/block_masked_linear/reference.py", {"torch", "slimkern.ops._block_mask"}),
     ("ops/*/reference.py", {"torch", "slimkern.ops._weights"}),

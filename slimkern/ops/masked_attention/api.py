@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimkern.ops._masked import Backend, Ending, autocast_dtype
+from slimkern.ops._masked import Ending, autocast_dtype
 from slimkern.ops._masked_checks import check_block, check_ending, check_kept, check_linear
+from slimkern.ops._masked_linears import (
+    Backend,
+)
 from slimkern.ops._weights import AttentionWeights
 from slimkern.ops.masked_attention.functions import MaskedOutputFn, MaskedQkvFn
 from slimkern.ops.seeded_dropout import draw_seed
@@ -70,6 +73,8 @@ def masked_attention(
     """
     kept = Kept() if kept is None else kept
     _check(x, weights, kept, mask, attention_dropout, dropout)
+    if kept.output is None or kept.output.shape[0] == weights.output.weight.shape[1]:
+        kept = Kept()  # as many of each: all
     w, post, dtype = weights, weights.post, autocast_dtype(x)
     by = Backend.choose(backend, x, dtype)
     inner = torch.float32 if x.device.type == "cpu" and dtype == torch.bfloat16 else dtype
