@@ -62,7 +62,14 @@ HF = {"transformers", "accelerate"}
 TRAINING = {*LIBRARY, *HF, "slimkern.training", "rich", "scipy", "pandas", "pyarrow"}
 EVERYTHING = {*TRAINING, "slimkern", "typer", "click", "jinja2", "markupsafe", "matplotlib"}
 
-_GPU = ("_activations", "_device_blocks", "_gemm", "_gemm_kernels", "_rows", "_tile")  # shared by Triton's kernels
+_GPU = (
+    "_activations",
+    "_device_blocks",
+    "_gemm",
+    "_gemm_kernels",
+    "_rows",
+    "_tile",
+)  # shared by Triton's kernels
 
 # The first prefix that fits decides. "slimkern.x" allows the module and all below it.
 ROOMS: list[tuple[str, set[str]]] = [

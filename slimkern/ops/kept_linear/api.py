@@ -15,6 +15,7 @@ from slimkern.ops._registry import TRITON_DTYPES, Backends, define_op
 BACKENDS = Backends(
     __package__,
     default={"cpu": "reference", "cuda": "triton", "meta": "reference"},
+    units="none",
     dtypes={"triton": TRITON_DTYPES},
 )
 MULTIPLE = 64  # elements: rows of half-precision numbers then start on 128-byte boundaries
@@ -106,7 +107,13 @@ kept_sums = define_op(
     _fake_sums,
     BACKENDS,
     "Tensor[]",
+    ("backward",),
 )
 joined_heads = define_op(
-    "joined_heads", "Tensor[] grads, ScalarType dtype", _fake_heads, BACKENDS, "(Tensor, Tensor)"
+    "joined_heads",
+    "Tensor[] grads, ScalarType dtype",
+    _fake_heads,
+    BACKENDS,
+    "(Tensor, Tensor)",
+    ("backward",),
 )
