@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 # Unit roundoff: half a unit in the last place, relative.
-UNIT_FP32, UNIT_BF16 = 2.0**-24, 2.0**-8
+UNIT_FP32, UNIT_BF16, UNIT_FP16 = 2.0**-24, 2.0**-8, 2.0**-11
 # precision -> of the operands of matrix products, of what is stored. ``high`` is allowed what it
 # promises: TF32, with 10 bits, or sums of two bfloat16, which are closer.
 _UNITS = {
@@ -26,6 +26,7 @@ _UNITS = {
     "fp32-high": (2.0**-11, UNIT_FP32),
     "fp32-medium": (UNIT_BF16, UNIT_FP32),
     "bf16": (UNIT_BF16, UNIT_BF16),
+    "fp16": (UNIT_FP16, UNIT_FP16),
 }
 _SIGMAS = 4  # a normal error is larger once in 16,000 outputs
 _NUMBERS = 256  # that an estimate rests on at least, as far as _DRAWS reach
@@ -79,7 +80,7 @@ def rounding_bound(call: Callable[[], Tensor], reference: Tensor, precision: str
     Args:
         call: the forward of the float64 model.
         reference: its output.
-        precision: ``fp32``, ``fp32-high``, ``fp32-medium`` or ``bf16``.
+        precision: ``fp32``, ``fp32-high``, ``fp32-medium``, ``bf16`` or ``fp16``.
     """
     draws = max(1, min(_DRAWS, -(-_NUMBERS // max(1, reference.numel()))))
     random = torch.Generator(reference.device).manual_seed(0)

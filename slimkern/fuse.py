@@ -35,7 +35,8 @@ class FusedBlock:
     Attributes:
         name: its dotted name in the model.
         kind: ``encoder_layer``, ``attention_block`` or ``ffn``.
-        math: how its products are computed: ``fp32``, ``bf16``, ``bf16x3`` or ``bf16x6``.
+        math: how its products are computed: ``fp32``, ``bf16``, ``bf16x3`` or ``bf16x6``, on a GPU
+            also ``tf32`` and ``fp16``.
         nbytes: memory of its packed weights.
     """
 
@@ -69,7 +70,10 @@ class FusedBlocks:
 def fuse_(
     model: nn.Module, *, precision: str | None = None, example_inputs: Any = None
 ) -> nn.Module:
-    """Put a model in the fused state: whole blocks in one call each, from packed weights, on a CPU.
+    """Put a model in the fused state: whole blocks in one call each, from packed weights.
+
+    On a CPU each is one call of C++ kernels; on a GPU (CUDA, ROCm) a few Triton kernels around
+    PyTorch's attention, which a CUDA graph of the whole model can capture.
 
     Encoder layers of BERT, RoBERTa, XLM-R, ELECTRA, DistilBERT and MPNet are replaced whole, dense
     or slim; elsewhere FFNs (two linears with an activation between, gated or not) and attention of
@@ -82,14 +86,16 @@ def fuse_(
     are zeros in its output** (plain modules leave numbers there that nobody attends to).
 
     Weights are packed here, once: memory beside the model of about its layers' size. When a
-    parameter changes later (``load_state_dict``, ``.to(dtype)``, an optimizer's step), the next
-    call outside of a compiled graph packs it again; writes through ``.data`` are not noticed.
+    parameter changes later (``load_state_dict``, ``.to(dtype or device)``, an optimizer's step),
+    the next call outside of a compiled graph packs it again; writes through ``.data`` are not
+    noticed.
     Copies and pickles pack on their first call.
 
     Args:
         model: dense or slim, changed in place. A fused model is fused anew.
         precision: of float32 products, ``highest``, ``high`` or ``medium``; None: PyTorch's own
-            setting of now, `torch.set_float32_matmul_precision`. Models in bfloat16 compute in it.
+            setting of now, `torch.set_float32_matmul_precision`. Models in bfloat16, and on a GPU
+            in float16, compute in it.
         example_inputs: as for `slimkern.discover`, to name what else could be fused but is not;
             None: derived for Hugging Face models, and not looked for elsewhere.
 
@@ -104,7 +110,8 @@ def fuse_(
         raise FuseError("the model is compiled: fuse the module inside, then compile")
     if is_masked(model):
         raise FuseError("the model is masked: slim it first (slimkern.slim_, slimkern.model_slim)")
-    precision = current_precision() if precision is None else precision
+    if precision is None:
+        precision = current_precision("cpu" if _on_cpu(model) else "cuda")
     choose_math(torch.float32, precision)  # raises where there is no such precision
     before = [(m, m.call, vars(m).get("packs")) for m in _fused(model)]
     refused_before = vars(model).get(_REFUSED)
@@ -160,6 +167,10 @@ def fused_blocks(model: nn.Module) -> FusedBlocks:
             packed = packs.fresh(module)
             blocks.append(FusedBlock(name, packed.kind, packed.math, packed.nbytes))
     return FusedBlocks(tuple(blocks), vars(model).get(_REFUSED, ()))
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return next((p.is_cpu for p in model.parameters()), True)
 
 
 def _fused(model: nn.Module) -> list[FusedModule]:

@@ -9,8 +9,8 @@ that of a float64 copy as plain PyTorch's in the same precision may be.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,83 +18,21 @@ from torch import Tensor, nn
 
 from slimkern import accuracy
 from slimkern.discovery.block import Block
+from slimkern.fuse_samples import SEQUENCES, TOKENS, MismatchError, Sample, samples_for
 from slimkern.nn.fused import install
 from slimkern.nn.packs import Packs, weights_of
-from slimkern.ops import Packed
-from slimkern.ops.attention_block.reference import attention_block
-from slimkern.ops.encoder_layer.reference import encoder_layer
-from slimkern.ops.ffn.reference import ffn
+from slimkern.ops import Packed, choose_math
+from slimkern.ops._packed import HARDWARE, PACKED_BACKENDS
 
-_EQUATIONS: dict[str, Callable[..., Tensor]] = {
-    "encoder_layer": encoder_layer,
-    "attention_block": attention_block,
-    "ffn": ffn,
-}
 _ACTIVATIONS = ("gelu", "relu", "silu", "gelu_tanh", "quick_gelu", "squared_relu", "none")
-_DTYPES = (torch.float32, torch.bfloat16)
+# How packs compute -> the bound on their error.
+_BOUNDS = {"bf16x6": "fp32", "bf16x3": "fp32-high", "tf32": "fp32-high", "bf16": "fp32-medium"}
+_NARROW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Two float64 computations of one equation differ by 2^-53 times what the block amplifies: 2^17
 # leaves room, and is nothing beside what distinguishes two activations, or float32.
 _SAME = 2.0**-36
 # fc1 as it is, and with outputs so large that an activation with a ceiling shows it.
 _SCALES = (1.0, 64.0)
-_SEQUENCES, _TOKENS, _KEPT = 2, 5, 3
-
-
-class MismatchError(Exception):
-    """A module is not what its description says, or its kernels are not exact enough."""
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One call: hidden states, a mask of four dimensions, a bias per head, and what counts."""
-
-    x: Tensor
-    mask: Tensor | None
-    bias: Tensor | None
-    attended: Tensor
-
-    def arguments(self, call: str) -> tuple[Any, ...]:
-        """The arguments as a module of that call takes them."""
-        if call == "ffn":
-            return (self.x,)
-        return (self.x, self.mask, self.bias) if "mpnet" in call else (self.x, self.mask)
-
-    def output(self, module: Any, call: str) -> Tensor:
-        """What a module makes of it, at the positions that count; hooks are not called."""
-        y = module.forward(*self.arguments(call))
-        y = y[0] if isinstance(y, tuple) else y
-        if not isinstance(y, Tensor) or y.shape != self.x.shape:
-            raise MismatchError(
-                f"it returns no tensor of shape {tuple(self.x.shape)} for one like it"
-            )
-        return y[self.attended]
-
-    def equation(self, block: Block, weights: Any) -> Tensor:
-        """What the block's equation makes of it, at the positions that count."""
-        if block.kind == "ffn":
-            return _EQUATIONS["ffn"](self.x, weights)[self.attended]
-        mask = None if self.mask is None else self.mask[:, 0, 0]
-        bias = None if self.bias is None else self.bias[0]
-        return _EQUATIONS[block.kind](self.x, weights, mask, bias)[self.attended]
-
-
-def _samples(block: Block, hidden: int, heads: int, dtype: torch.dtype) -> Iterator[_Sample]:
-    """Without padding and, where there is attention, with some."""
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(_SEQUENCES, _TOKENS, hidden, generator=random).to(dtype)
-    everything = torch.ones(_SEQUENCES, _TOKENS, dtype=torch.bool)
-    bias = None
-    if "mpnet" in block.call:
-        bias = torch.randn(1, heads, _TOKENS, _TOKENS, generator=random).to(dtype)
-        bias = bias.expand(_SEQUENCES, -1, -1, -1)
-    yield _Sample(x, None, bias, everything)
-    if block.kind == "ffn":
-        return
-    attended = everything.clone()
-    attended[-1, _KEPT:] = False
-    least = torch.finfo(dtype).min
-    mask = torch.zeros(_SEQUENCES, 1, 1, _TOKENS, dtype=dtype)
-    yield _Sample(x, mask.masked_fill(~attended[:, None, None], least), bias, attended)
 
 
 @torch.no_grad()
@@ -109,9 +47,9 @@ def fitting(module: nn.Module, proposals: Sequence[Block], precision: str) -> Pa
     Raises:
         MismatchError: none does, or the kernels can't; says why.
     """
-    dtype = _check_weights(module, proposals[0])
+    dtype, device = _check_weights(module, proposals[0])
     try:
-        exact = copy.deepcopy(module).double().eval()
+        exact = copy.deepcopy(module).to("cpu", torch.float64).eval()
     except Exception as error:
         raise MismatchError(f"it can't be copied to be compared: {_short(error)}") from error
     block = _identified(copy.deepcopy(exact), proposals)
@@ -120,7 +58,7 @@ def fitting(module: nn.Module, proposals: Sequence[Block], precision: str) -> Pa
         packed = packs.fresh(module)
     except RuntimeError as error:
         raise MismatchError(_short(error.__cause__ or error)) from error
-    _check_kernels(module, exact, packs, packed, dtype)
+    _check_kernels(module, exact, packs, packed, dtype, device)
     return packs
 
 
@@ -131,18 +69,19 @@ def check_embeddings(module: nn.Module, call: str) -> None:
     Raises:
         MismatchError: it does; says why.
     """
-    dtype = _one_dtype(list(module.parameters()))
+    dtype, device = _one_kind(list(module.parameters()))
     fused: Any = copy.copy(module)
     plain: Any = copy.copy(module)
     install(fused, call, None)
     fused.training = plain.training = False
     vocabulary, hidden = plain.word_embeddings.weight.shape
     random = torch.Generator().manual_seed(0)
-    places = min(_TOKENS, len(plain.position_embeddings.weight) // 2)
-    ids = torch.randint(vocabulary, (_SEQUENCES, places), generator=random)
+    places = min(TOKENS, len(plain.position_embeddings.weight) // 2)
+    ids = torch.randint(vocabulary, (SEQUENCES, places), generator=random)
     padding = plain.word_embeddings.padding_idx
     if padding is not None:
         ids[-1, -1] = padding
+    ids = ids.to(device)
     try:
         want, found = plain.forward(ids), fused.forward(ids)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -175,7 +114,7 @@ def identified(module: nn.Module, proposals: Sequence[Block]) -> Block:
     for part in exact.modules():
         if isinstance(part, nn.modules.dropout._DropoutNd):
             part.p = 0.0
-    samples = list(_samples(block, *_sizes(exact, block), torch.float64))
+    samples = list(samples_for(block, *_sizes(exact, block), torch.float64))
     with torch.random.fork_rng(devices=[]):
         wanted = [s.output(exact.train(), block.call) for s in samples]
     if not _same(exact, block, samples, wanted):
@@ -183,23 +122,36 @@ def identified(module: nn.Module, proposals: Sequence[Block]) -> Block:
     return block
 
 
-def _check_weights(module: nn.Module, block: Block) -> torch.dtype:
-    """The dtype of the weights, all on the CPU."""
+def _check_weights(module: nn.Module, block: Block) -> tuple[torch.dtype, torch.device]:
+    """The dtype of the weights, and the device that they are on."""
     parts = [module.get_submodule(n) for n in (*block.linears(), *block.norms())]
-    return _one_dtype([p for part in parts for p in part.parameters(recurse=False)])
+    return _one_kind([p for part in parts for p in part.parameters(recurse=False)])
 
 
-def _one_dtype(held: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of parameters, all on the CPU."""
-    devices = {str(p.device) for p in held if p.device.type != "cpu"}
-    if devices:
-        raise MismatchError(f"its weights are on {', '.join(sorted(devices))}; accepted: cpu")
+def _one_kind(held: Sequence[Tensor]) -> tuple[torch.dtype, torch.device]:
+    """The dtype and the device of parameters, one for all."""
+    devices = {str(p.device): p.device for p in held}
+    names = ", ".join(sorted(devices))
+    if len(devices) > 1:
+        raise MismatchError(f"its weights are on {names}; accepted: one device for all")
+    device = held[0].device
+    try:
+        hardware = HARDWARE[PACKED_BACKENDS.choose(None, device)]
+    except ValueError as error:
+        raise MismatchError(f"its weights are on {names}; accepted: cpu, cuda") from error
     kinds = {p.dtype for p in held}
-    if len(kinds) > 1 or not kinds <= set(_DTYPES):
-        accepted = " or ".join(map(str, _DTYPES))
+    try:
+        for kind in kinds:
+            choose_math(kind, None, hardware)
+        if len(kinds) > 1:
+            raise TypeError
+    except TypeError as error:
+        known = "float32 or torch.bfloat16" if hardware == "cpu" else "float32, bfloat16 or float16"
         found = ", ".join(sorted(map(str, kinds)))
-        raise MismatchError(f"its weights have dtype {found}; accepted: {accepted}, one for all")
-    return held[0].dtype
+        raise MismatchError(
+            f"its weights have dtype {found}; accepted: torch.{known}, one for all"
+        ) from error
+    return held[0].dtype, device
 
 
 def _sizes(module: nn.Module, block: Block) -> tuple[int, int]:
@@ -213,7 +165,7 @@ def _identified(exact: nn.Module, proposals: Sequence[Block]) -> Block:
     """The description that is the module's: proposals with each activation, on random weights."""
     _randomize(exact)
     hidden, heads = _sizes(exact, proposals[0])
-    samples = list(_samples(proposals[0], hidden, heads, torch.float64))
+    samples = list(samples_for(proposals[0], hidden, heads, torch.float64))
     left = [
         (replace(b, ffn=replace(b.ffn, activation=name)) if b.ffn is not None else b)
         for b in proposals
@@ -241,7 +193,7 @@ def _identified(exact: nn.Module, proposals: Sequence[Block]) -> Block:
 
 
 def _same(
-    exact: nn.Module, block: Block, samples: Sequence[_Sample], wanted: Sequence[Tensor]
+    exact: nn.Module, block: Block, samples: Sequence[Sample], wanted: Sequence[Tensor]
 ) -> bool:
     weights = weights_of(exact, block)
     return all(
@@ -262,17 +214,21 @@ def _randomize(module: nn.Module) -> None:
 
 
 def _check_kernels(
-    module: nn.Module, exact: nn.Module, packs: Packs, packed: Packed, dtype: torch.dtype
+    module: nn.Module,
+    exact: nn.Module,
+    packs: Packs,
+    packed: Packed,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Refuse kernels that are further from float64 than plain PyTorch may be."""
     fused: Any = copy.copy(module)
     install(fused, packs.block.call, packs)
     fused.training = False
     block = packs.block
-    allowed = {"bf16x6": "fp32", "bf16x3": "fp32-high", "fp32": "fp32", "bf16": "fp32-medium"}
-    kind = "bf16" if dtype == torch.bfloat16 else allowed[packed.math]
+    kind = _NARROW.get(dtype) or _BOUNDS.get(packed.math, "fp32")
     hidden, heads = _sizes(module, block)
-    for narrow in _samples(block, hidden, heads, dtype):
+    for narrow in samples_for(block, hidden, heads, dtype):
         # The very numbers of the narrower sample; only the mask's own least number is another.
         mask = narrow.mask
         if mask is not None:
@@ -284,7 +240,7 @@ def _check_kernels(
         want = wide.output(exact, block.call)
         if not bool(want.isfinite().all()):
             raise MismatchError("its own output on a sample is not finite")
-        error = accuracy.relative_error(narrow.output(fused, block.call), want)
+        error = accuracy.relative_error(narrow.on(device).output(fused, block.call), want)
         bound = accuracy.rounding_bound(lambda s=wide: s.output(exact, block.call), want, kind)  # type: ignore[misc]
         if not error <= bound:
             raise MismatchError(

@@ -80,7 +80,7 @@ def test_many_makes_of_the_same_batches():
         ({"x": [1, 2]}, TypeError, "tensors of one length"),
         ([3.0], ValueError, "got float"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_batch_is_named(batches, error, message):
     with pytest.raises(error, match=message):

@@ -254,13 +254,15 @@ def test_opcheck(kind):
     if kind in LAYERS:
         bias = torch.randn(4, 17, 17)
         calls = [
-            (x, packed.data, None, None, "cpu"),
-            (x.transpose(0, 1), packed.data, torch.ones(17, 2).bool(), None, "cpu"),
-            (x, packed.data, torch.tensor([3, 17]), bias, "cpu"),
+            (x, [packed.data], "", None, None, "cpu"),
+            (x.transpose(0, 1), [packed.data], "", torch.ones(17, 2).bool(), None, "cpu"),
+            (x, [packed.data], "", torch.tensor([3, 17]), bias, "cpu"),
         ]
     else:
         extra = (20,) if kind == "linear" else ()
-        calls = [(rows, packed.data, *extra, "cpu") for rows in (x[0], x[:, 1], x[0].bfloat16())]
+        calls = [
+            (rows, [packed.data], "", *extra, "cpu") for rows in (x[0], x[:, 1], x[0].bfloat16())
+        ]
     for call in calls:
         checked = torch.library.opcheck(op, call)
         assert set(checked.values()) == {"SUCCESS"}, checked

@@ -100,8 +100,8 @@ def test_add_norm(shape, types):
         y = F.layer_norm(leaf, shape[1:], g, b, 1e-5)
         return [y.detach(), *torch.autograd.grad(y, (leaf, g, b), cast(grad))]
 
-    y, s, stats = add_norm_fwd(x, residual, gamma, beta, 1e-5, "cpu")
-    ds, narrow, sums = add_norm_grad(grad, s, stats, gamma, types == "mixed", "cpu")
+    y, s, stats = add_norm_fwd(x, residual, gamma, beta, 1e-5, None, 0.0, "cpu")
+    ds, narrow, sums = add_norm_grad(grad, s, stats, gamma, types == "mixed", None, 0.0, "cpu")
     exact, torchs = run(Tensor.double), run(Tensor.float)
     n = sum(shape) ** 0.5 + 8
     # A row of one number has no gradient: all that is left is the rounding of grad * gamma.
@@ -280,9 +280,12 @@ def test_opcheck(backend):
     for op, arguments in (
         (ops.activation_fwd, (x, "gelu")),
         (ops.activation_grad, (grad, x, "silu")),
-        (ops.add_norm_fwd, (x, grad, gamma, gamma, 1e-5)),
-        (ops.add_norm_grad, (grad, s, stats, gamma, False)),
-        (ops.add_norm_grad, (grad, s, stats, gamma, True)),
+        (ops.add_norm_fwd, (x, grad, gamma, gamma, 1e-5, None, 0.0)),
+        (ops.add_norm_fwd, (x, grad, gamma, gamma, 1e-5, seed, 0.5)),
+        (ops.add_norm_grad, (grad, s, stats, gamma, False, None, 0.0)),
+        (ops.add_norm_grad, (grad, s, stats, gamma, True, seed, 0.5)),
+        (ops.add_norm_grad, (grad, s, stats, gamma, True, None, 0.0)),
+        (ops.add_norm_grad, (grad, s, stats, gamma, False, seed, 0.5)),
         (ops.seeded_dropout, (grad, seed, 0.5)),
     ):
         found = torch.library.opcheck(op.default, (*arguments, backend))

@@ -69,6 +69,15 @@ DEVICE_CODE = {
     "slimkern.ops._tile",
     *(f"slimkern.ops._gemm_{module}" for module in _GEMM),
 }
+_GPU = (
+    "_activations",
+    "_device_blocks",
+    "_gemm",
+    "_gemm_kernels",
+    "_launch",
+    "_rows",
+    "_tile",
+)  # shared by Triton's kernels
 
 # The first prefix that fits decides. "slimkern.x" allows the module and all below it.
 ROOMS: list[tuple[str, set[str]]] = [
@@ -121,18 +130,44 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_gemm_descriptors.py", DEVICE_CODE),
     ("ops/_tune.py", {"torch", "triton", "slimkern.ops._tile"}),
     ("ops/_gemm", {"torch", *DEVICE_CODE, "slimkern.ops._launch", "slimkern.ops._tune"}),
+    ("ops/_rows.py", {"torch", "triton"}),
+    ("ops/_drop.py", {"torch", "slimkern.ops._native"}),
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
     ("ops/_linear.py", {"torch"}),
+    ("ops/_block_tiles.py", {"torch", "triton", "slimkern.ops._tile"}),
+    (
+        "ops/block_masked_linear/triton.py",
+        {"torch", "triton", "slimkern.ops._block_tiles", "slimkern.ops._tile"},
+    ),
     (
         "ops/_plain.py",
         {"torch", *(f"slimkern.ops.{m}" for m in ("_block_mask", "_math", "_native"))},
     ),
     ("ops/_math.py", {"torch", "slimkern.ops._native"}),
     ("ops/_fused.py", {"torch", "slimkern.ops._native"}),
+    ("ops/_packed.py", {"torch", "slimkern.ops._registry"}),
     (
         "ops/_pack.py",
-        {"torch", *(f"slimkern.ops.{m}" for m in ("_math", "_native", "_weights"))},
+        {
+            "torch",
+            *(
+                f"slimkern.ops.{m}"
+                for m in ("_device_pack", "_math", "_native", "_packed", "_weights")
+            ),
+        },
+    ),
+    (
+        "ops/_device_pack.py",
+        {"torch", *(f"slimkern.ops.{m}" for m in ("_math", "_native", "_packed", "_weights"))},
+    ),
+    ("ops/_row_norm.py", {"torch", "triton", "slimkern.ops._tile"}),
+    (
+        "ops/_device_blocks.py",
+        {
+            "torch",
+            *(f"slimkern.ops.{m}" for m in ("_device_pack", "_gemm", "_row_norm", "_tile")),
+        },
     ),
     (
         "ops/attention_block/reference.py",
@@ -155,19 +190,20 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.ops.ffn.reference",
         },
     ),
+    ("ops/kept_linear/reference.py", {"torch", "slimkern.ops.activation.reference"}),
+    ("ops/add_norm/reference.py", {"torch", "slimkern.ops.seeded_dropout.reference"}),
     ("ops/block_masked_linear/reference.py", {"torch", "slimkern.ops._block_mask"}),
     ("ops/*/reference.py", {"torch", "slimkern.ops._weights"}),
     (
         "ops/*/cpu.py",
-        {"torch", *(f"slimkern.ops.{m}" for m in ("_block_mask", "_fused", "_native", "_plain"))},
+        {
+            "torch",
+            *(f"slimkern.ops.{m}" for m in ("_block_mask", "_drop", "_fused", "_native", "_plain")),
+        },
     ),
     (
         "ops/*/triton.py",
-        {
-            "torch",
-            "triton",
-            *(f"slimkern.ops.{m}" for m in ("_activations", "_gemm", "_launch", "_tile")),
-        },
+        {"torch", "triton", *(f"slimkern.ops.{m}" for m in _GPU)},
     ),
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),
@@ -217,7 +253,18 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.plan",
         },
     ),
-    ("fuse_check.py", {"torch", "slimkern.accuracy", "slimkern.ops", "slimkern.nn", *BLOCKS}),
+    ("fuse_samples.py", {"torch", "slimkern.ops", *BLOCKS}),
+    (
+        "fuse_check.py",
+        {
+            "torch",
+            "slimkern.accuracy",
+            "slimkern.fuse_samples",
+            "slimkern.ops",
+            "slimkern.nn",
+            *BLOCKS,
+        },
+    ),
     (
         "fuse.py",
         {

@@ -64,8 +64,6 @@ class Slimkern(Provider):
             if work.backward:
                 return "fused modules are for inference"
         elif self.isa is None:
-            if self.backend == "triton" and "blocks" in work.tags:
-                return "no kernel for this work yet"
             if setting.precision in ("fp32-high", "fp32-medium"):
                 return "no kernel for this precision yet: the same as fp32"
             return wrong_device(setting)

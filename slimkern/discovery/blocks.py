@@ -69,7 +69,7 @@ def embeds_text(module: nn.Module) -> str | None:
     if len(list(module.children())) != known:
         raise UnfitError("it has parts that are not known")
     kinds = getattr(module, "token_type_ids", None)
-    if kinds is not None and bool(kinds.any()):
+    if kinds is not None and not kinds.is_meta and bool(kinds.any()):
         raise UnfitError("its token_type_ids are not zeros")
     _check_calls(module)
     return call

@@ -2,8 +2,8 @@
 
 A fused module is the very object that was there: its class is replaced by one derived from it, so
 that parameters, submodules, names in the state dict, hooks and ``isinstance`` stay. It computes in
-evaluation mode, without gradients, on the CPU; a call that it can't serve raises, and the message
-names ``slimkern.unfuse_``.
+evaluation mode, without gradients, on the CPU or a GPU; a call that it can't serve raises, and the
+message names ``slimkern.unfuse_``.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from slimkern.ops import (
     pack_ffn,
 )
 from slimkern.ops._native import isa as current_isa
+from slimkern.ops._packed import HARDWARE, PACKED_BACKENDS
 
 Weights = EncoderLayerWeights | AttentionWeights | FfnWeights
 
@@ -103,8 +104,10 @@ class _Made:
         counted = not any(p.is_inference() for p in self.parameters)
         self.versions = list(map(_version, self.parameters)) if counted else None
         self.addresses = list(map(_address, self.parameters))
-        math = choose_math(self.parameters[0].dtype, precision)
-        self.packed = _PACKERS[block.kind](weights_of(module, block), math=math)
+        first = self.parameters[0]
+        backend = PACKED_BACKENDS.choose(None, first.device)
+        math = choose_math(first.dtype, precision, HARDWARE[backend])
+        self.packed = _PACKERS[block.kind](weights_of(module, block), math=math, backend=backend)
 
     def holds(self) -> bool:
         """Whether the parameters and the kernels in use are those of the pack."""
@@ -164,7 +167,7 @@ class Packs:
         """The pack of the parameters as they are now.
 
         Raises:
-            RuntimeError: they can't be packed: another device or dtype.
+            RuntimeError: they can't be packed: on no one device that has kernels, another dtype.
         """
         made = self._made
         if made is None or not made.holds():

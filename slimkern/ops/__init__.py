@@ -10,12 +10,12 @@ from slimkern.ops import _native  # noqa: F401  (fails here, with the build comm
 from slimkern.ops._block_mask import BlockMask
 from slimkern.ops._math import available_maths, choose_math, current_precision
 from slimkern.ops._pack import (
-    Packed,
     pack_attention_block,
     pack_encoder_layer,
     pack_ffn,
     pack_linear,
 )
+from slimkern.ops._packed import Packed
 from slimkern.ops._weights import (
     AttentionWeights,
     EncoderLayerWeights,

@@ -74,6 +74,8 @@ def run(p: Product) -> None:
     """Computes a product, in one launch or in two: the copy of the kept rows, and the product."""
     if p.y.numel() == 0:
         return
+    if not p.transposed and p.w.stride(0) == 1 < p.w.stride(1) and (p.rows is None or p.packed):
+        p = replace(p, w=p.w.t(), transposed=True)
     if has_descriptors(p.x) and p.x.shape[1] > 0:
         given = (p.x, p.h, p.residual)
         if all(tensor is None or describable(tensor) for tensor in given):

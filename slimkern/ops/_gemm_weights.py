@@ -95,7 +95,7 @@ def product_dw(
 
     Args:
         gy, x: any strides.
-        out: [N, K] to write to, neighbours in a row side by side; or None.
+        out: [N, K] to write to, of any floating dtype, neighbours in a row side by side; or None.
         rows, cols: int64, sorted, unique; None where all are kept.
         shape: ``(N, K)``; None for ``out``'s, or ``(R, C)``.
 
@@ -122,7 +122,7 @@ def product_dw(
         direct = S == 1 and rows is None and cols is None
         part = grad[None]
         if not direct:
-            kind = torch.float32 if S > 1 else x.dtype
+            kind = torch.float32 if S > 1 else grad.dtype
             part = torch.empty((S, R, padded(C, 16)), dtype=kind, device=x.device)
         options = {"BLOCK_R": tile.a, "BLOCK_C": tile.b, "BLOCK_M": tile.k, "GROUP": GROUP}
         options |= launch_options(tile)

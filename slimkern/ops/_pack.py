@@ -1,19 +1,23 @@
-"""Packing: a block's weights in the form that the C++ kernels read, in one tensor of bytes.
+"""Packing: a block's weights in the form that the kernels read, in one tensor of bytes.
 
-A pack belongs to the instruction set that was in use when it was made; an op refuses one of
-another. It holds no addresses: copies of its tensor are as good as the original, as long as their
-memory begins at a multiple of 64 bytes, as torch's own allocations do.
+A pack for the C++ kernels belongs to the instruction set that was in use when it was made; an op
+refuses one of another. It holds no addresses: copies of its tensor are as good as the original, as
+long as their memory begins at a multiple of 64 bytes, as torch's own allocations do. Packs for GPUs
+are made by `slimkern.ops._device_pack`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from slimkern.ops import _native
+from slimkern.ops._device_pack import DevicePacker
 from slimkern.ops._math import choose_math
+from slimkern.ops._packed import PACKED_BACKENDS, Packed
 from slimkern.ops._weights import (
     AttentionWeights,
     EncoderLayerWeights,
@@ -23,105 +27,66 @@ from slimkern.ops._weights import (
 )
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A block's packed weights.
-
-    Attributes:
-        data: uint8, one dimension.
-        kind: ``linear``, ``ffn``, ``attention_block`` or ``encoder_layer``.
-        isa: the instruction set it is for.
-        math: how products are computed; see `slimkern.ops.choose_math`.
-        in_features, out_features: widths of the rows that go in and come out.
-    """
-
-    data: Tensor
-    kind: str
-    isa: str
-    math: str
-    in_features: int
-    out_features: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory."""
-        return self.data.numel()
-
-
-def pack_linear(weight: Tensor, bias: Tensor | None = None, *, math: str | None = None) -> Packed:
+def pack_linear(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    math: str | None = None,
+    backend: str | None = None,
+) -> Packed:
     """Packs ``y = x @ weightᵀ + bias``.
 
     Args:
-        weight: [N, K], float32 or bfloat16, any strides.
+        weight: [N, K], float32 or bfloat16, on a GPU also float16; any strides.
         bias: [N] of the same dtype, or None.
         math: None: what `slimkern.ops.choose_math` says.
+        backend: for which the pack is, ``cpu`` or ``triton``; None: that of the weight's device.
 
     Raises:
-        ValueError: a shape does not fit, or ``math`` has no kernels here.
+        ValueError: a shape or a device does not fit, or ``math`` has no kernels here.
         TypeError: a dtype does not fit.
     """
     linear = LinearWeights(weight, bias)
     _check_matrix("weight", weight)
     N, K = weight.shape
-    packer = _Packer("linear", linear, math, linear_in=K, linear_out=N)
+    packer = _packer("linear", linear, math, backend, {"linear_in": K, "linear_out": N})
     packer.linear("linear", linear)
     return packer.done(K, N)
 
 
-def pack_ffn(weights: FfnWeights, *, math: str | None = None) -> Packed:
-    """Packs an FFN with its norms; errors as for `pack_linear`."""
+def pack_ffn(weights: FfnWeights, *, math: str | None = None, backend: str | None = None) -> Packed:
+    """Packs an FFN with its norms; arguments and errors as for `pack_linear`."""
     _check_matrix("fc1", weights.fc1.weight)
     hidden = weights.fc1.weight.shape[1]
-    packer = _Packer("ffn", weights.fc1, math, hidden=hidden, **_ffn_fields(weights))
-    packer.ffn(weights)
+    fields = {"hidden": hidden, **_ffn_fields(weights)}
+    packer = _packer("ffn", weights.fc1, math, backend, fields)
+    _put_ffn(packer, weights)
     return packer.done(hidden, hidden)
 
 
-def pack_attention_block(weights: AttentionWeights, *, math: str | None = None) -> Packed:
-    """Packs attention with its projections and norms; errors as for `pack_linear`."""
+def pack_attention_block(
+    weights: AttentionWeights, *, math: str | None = None, backend: str | None = None
+) -> Packed:
+    """Packs attention, its projections and norms; arguments and errors as for `pack_linear`."""
     _check_matrix("query", weights.query.weight)
     hidden = weights.query.weight.shape[1]
-    packer = _Packer(
-        "attention_block", weights.query, math, hidden=hidden, **_attention_fields(weights)
-    )
-    packer.attention(weights)
+    fields = {"hidden": hidden, **_attention_fields(weights)}
+    packer = _packer("attention_block", weights.query, math, backend, fields)
+    _put_attention(packer, weights)
     return packer.done(hidden, hidden)
 
 
-def pack_encoder_layer(weights: EncoderLayerWeights, *, math: str | None = None) -> Packed:
-    """Packs attention and the FFN behind it; errors as for `pack_linear`."""
+def pack_encoder_layer(
+    weights: EncoderLayerWeights, *, math: str | None = None, backend: str | None = None
+) -> Packed:
+    """Packs attention and the FFN behind it; arguments and errors as for `pack_linear`."""
     _check_matrix("query", weights.attention.query.weight)
     hidden = weights.attention.query.weight.shape[1]
-    fields = _attention_fields(weights.attention) | _ffn_fields(weights.ffn)
-    packer = _Packer("encoder_layer", weights.attention.query, math, hidden=hidden, **fields)
-    packer.attention(weights.attention)
-    packer.ffn(weights.ffn)
+    fields = {"hidden": hidden, **_attention_fields(weights.attention), **_ffn_fields(weights.ffn)}
+    packer = _packer("encoder_layer", weights.attention.query, math, backend, fields)
+    _put_attention(packer, weights.attention)
+    _put_ffn(packer, weights.ffn)
     return packer.done(hidden, hidden)
-
-
-def check_call(op: str, kind: str, x: Tensor, packed: Packed, *others: Tensor | None) -> None:
-    """What every op on a pack asks of its arguments before it is called.
-
-    Raises:
-        RuntimeError: a gradient is asked for.
-        TypeError: not a pack, or one of another kind.
-        ValueError: x or another tensor is not on a CPU, or x has rows of another width.
-    """
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op} has no gradient and x requires one: call it under torch.inference_mode() or "
-            "torch.no_grad(), or train the model that slimkern.unfuse_ gives back"
-        )
-    if packed.kind != kind:
-        raise TypeError(f"packed holds {packed.kind}; {op} accepts: {kind}")
-    for tensor in (x, *others):
-        if tensor is not None and not tensor.is_cpu:
-            name = "x" if tensor is x else "a mask"
-            raise ValueError(f"{name} is on {tensor.device}; {op} accepts: cpu")
-    if x.dim() == 0 or x.size(-1) != packed.in_features:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; {op} accepts: a last dimension of {packed.in_features}"
-        )
 
 
 _NORM_SLOTS = tuple(_native.NORM_SLOTS)
@@ -129,14 +94,33 @@ _INTS = (
     "linear_in", "linear_out", "hidden", "heads", "kv_heads", "head_dim", "causal",
     "attention_residual", "channels", "gated", "activation", "ffn_residual", *_NORM_SLOTS,
 )  # fmt: skip
+_NUMBERS = {**_native.ACTIVATIONS, **_native.NORMS}
 _FLOATS = (*(f"{slot}_eps" for slot in _NORM_SLOTS), "scale")
 
 
+def _packer(
+    kind: str,
+    like: LinearWeights,
+    math: str | None,
+    backend: str | None,
+    fields: Mapping[str, Any],
+) -> _Packer | DevicePacker:
+    """What packs for a backend, that of the weights' device unless one is asked for."""
+    device = like.weight.device
+    if device.type not in PACKED_BACKENDS.default:
+        accepted = ", ".join(PACKED_BACKENDS.default)
+        raise ValueError(f"{kind} is on {device}; accepted: {accepted}")
+    chosen = PACKED_BACKENDS.choose(backend, device)
+    if chosen == "triton":
+        return DevicePacker(kind, like.weight, math, fields)
+    return _Packer(kind, like, math, fields)
+
+
 class _Packer:
-    """A pack in the making: its memory, and what is written to it."""
+    """A pack for the C++ kernels in the making: its memory, and what is written to it."""
 
     def __init__(
-        self, kind: str, like: LinearWeights, math: str | None, **fields: int | float
+        self, kind: str, like: LinearWeights, math: str | None, fields: Mapping[str, Any]
     ) -> None:
         self.kind = kind
         self.dtype = like.weight.dtype
@@ -146,6 +130,10 @@ class _Packer:
             accepted = ", ".join(_native.maths())
             raise ValueError(f"math is {math!r}; accepted on {_native.isa()}: None, {accepted}")
         self.isa = _native.isa()
+        fields = {
+            name: _NUMBERS[value] if isinstance(value, str) else value
+            for name, value in fields.items()
+        }
         ints = [int(fields.get(name, 0)) for name in _INTS]
         spec = [_native.PACKS[kind], _native.MATHS[self.math], *ints]
         floats = [float(fields.get(name, 0.0)) for name in _FLOATS]
@@ -190,23 +178,6 @@ class _Packer:
         code, size = _native.DTYPES[self.dtype], next(iter(sizes))[0]
         _native.pack_norm(*self.memory, _native.NORM_SLOTS[slot], code, *vectors, size)
 
-    def attention(self, weights: AttentionWeights) -> None:
-        three = (weights.query, weights.key, weights.value)
-        for name, linear in zip(("query", "key", "value"), three):
-            _check_matrix(name, linear.weight)
-        self.linear("qkv", _stacked(three))
-        self.linear("projection", weights.output)
-        self.norm("attention_pre", weights.pre)
-        self.norm("attention_post", weights.post)
-
-    def ffn(self, weights: FfnWeights) -> None:
-        self.linear("gate", weights.fc1)
-        if weights.up is not None:
-            self.linear("up", weights.up)
-        self.linear("down", weights.fc2)
-        self.norm("ffn_pre", weights.pre)
-        self.norm("ffn_post", weights.post)
-
     def _check(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype != self.dtype:
             raise TypeError(
@@ -214,6 +185,25 @@ class _Packer:
             )
         if tensor.device.type != "cpu":
             raise ValueError(f"{name} is on {tensor.device}; accepted: cpu")
+
+
+def _put_attention(packer: _Packer | DevicePacker, weights: AttentionWeights) -> None:
+    three = (weights.query, weights.key, weights.value)
+    for name, linear in zip(("query", "key", "value"), three):
+        _check_matrix(name, linear.weight)
+    packer.linear("qkv", _stacked(three))
+    packer.linear("projection", weights.output)
+    packer.norm("attention_pre", weights.pre)
+    packer.norm("attention_post", weights.post)
+
+
+def _put_ffn(packer: _Packer | DevicePacker, weights: FfnWeights) -> None:
+    packer.linear("gate", weights.fc1)
+    if weights.up is not None:
+        packer.linear("up", weights.up)
+    packer.linear("down", weights.fc2)
+    packer.norm("ffn_pre", weights.pre)
+    packer.norm("ffn_post", weights.post)
 
 
 def _stacked(linears: tuple[LinearWeights, ...]) -> LinearWeights:
@@ -233,30 +223,30 @@ def _check_matrix(name: str, weight: Tensor) -> None:
         raise ValueError(f"{name} has a weight of shape {tuple(weight.shape)}; accepted: [N, K]")
 
 
-def _number(name: str, value: str, numbers: dict[str, int]) -> int:
+def _known(name: str, value: str, numbers: dict[str, int]) -> str:
     if value not in numbers:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(numbers)}")
-    return numbers[value]
+    return value
 
 
-def _norm_fields(slot: str, norm: NormWeights | None) -> dict[str, int | float]:
+def _norm_fields(slot: str, norm: NormWeights | None) -> dict[str, Any]:
     if norm is None:
         return {}
-    return {slot: _number(f"{slot}'s kind", norm.kind, _native.NORMS), f"{slot}_eps": norm.eps}
+    return {slot: _known(f"{slot}'s kind", norm.kind, _native.NORMS), f"{slot}_eps": norm.eps}
 
 
-def _ffn_fields(weights: FfnWeights) -> dict[str, int | float]:
+def _ffn_fields(weights: FfnWeights) -> dict[str, Any]:
     return {
         "channels": weights.fc1.weight.shape[0],
         "gated": weights.up is not None,
-        "activation": _number("activation", weights.activation, _native.ACTIVATIONS),
+        "activation": _known("activation", weights.activation, _native.ACTIVATIONS),
         "ffn_residual": weights.residual,
         **_norm_fields("ffn_pre", weights.pre),
         **_norm_fields("ffn_post", weights.post),
     }
 
 
-def _attention_fields(weights: AttentionWeights) -> dict[str, int | float]:
+def _attention_fields(weights: AttentionWeights) -> dict[str, Any]:
     d = weights.head_dim
     rows = {name: getattr(weights, name).weight.shape[0] for name in ("query", "key", "value")}
     if d < 1 or any(n % d for n in rows.values()) or rows["key"] != rows["value"]:

@@ -10,7 +10,8 @@ import ast
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,32 @@ _LIBRARY = torch.library.Library("slimkern", "DEF")
 _DEVICES = {"reference": ("cpu", "cuda", "meta"), "cpu": ("cpu",), "triton": ("cuda",)}
 Pass = Literal["forward", "backward"]
 _GRADIENTS = ("_grad", "_dx", "_dw", "_db")  # how the names of ops of a backward end
+# What Triton's kernels compute in; the products of the first two are exact in float32.
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_preferred: str | None = None
+
+
+@contextmanager
+def prefer_backend(name: str) -> Iterator[None]:
+    """For the time of a ``with``: ops that are not told their backend take this one, if they have
+    it and it computes in their dtype.
+
+    For checks: with Triton's interpreter (``TRITON_INTERPRET=1`` before the first import of a
+    kernel), ``triton`` runs a whole model on the CPU as it runs on a GPU. Of all threads, one at a
+    time may hold a preference.
+
+    Raises:
+        ValueError: no backend of that name; in an op, one that does not run on its device.
+    """
+    global _preferred
+    if name not in _DEVICES:
+        raise ValueError(f"backend is {name!r}; accepted: {', '.join(_DEVICES)}")
+    before, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = before
 
 
 @dataclass(frozen=True)
@@ -34,12 +61,14 @@ class Backends:
         fast: (device type, dtype) -> name of one that is preferred to it.
         units: what backend ``cpu`` computes with: no kernel of its own (``none``), vectors, or
             matrix products too, for which some CPUs have tiles.
+        dtypes: name -> what it computes in; for others ``reference`` is the default.
     """
 
     package: str
     default: dict[str, str]
     fast: dict[tuple[str, torch.dtype], str] = field(default_factory=dict)
     units: Literal["none", "vectors", "products"] = "vectors"
+    dtypes: dict[str, tuple[torch.dtype, ...]] = field(default_factory=dict)
 
     def choose(
         self, backend: str | None, device: torch.device, dtype: torch.dtype | None = None
@@ -49,13 +78,18 @@ class Backends:
         Raises:
             ValueError: an unknown backend, or one that does not run on that device.
         """
+        if backend is None and _preferred in self.default.values() and self._takes(dtype):
+            backend = _preferred
         if backend is None:
             if device.type not in self.default:
                 raise ValueError(
                     f"x is on device {device.type!r}; accepted: {', '.join(self.default)}"
                 )
             name = self.default[device.type]
-            return name if dtype is None else self.fast.get((device.type, dtype), name)
+            if dtype is None:
+                return name
+            name = self.fast.get((device.type, dtype), name)
+            return name if dtype in self.dtypes.get(name, (dtype,)) else "reference"
         if backend not in _DEVICES:
             raise ValueError(f"backend is {backend!r}; accepted: None, {', '.join(_DEVICES)}")
         if device.type not in _DEVICES[backend] and not (backend == "triton" and _interpreted()):
@@ -64,6 +98,9 @@ class Backends:
                 f"x is on {device.type!r}"
             )
         return backend
+
+    def _takes(self, dtype: torch.dtype | None) -> bool:
+        return dtype is None or dtype in self.dtypes.get(str(_preferred), (dtype,))
 
 
 @dataclass(frozen=True)
@@ -109,7 +146,15 @@ def _interpreted() -> bool:
 
 @cache
 def _implementation(package: str, backend: str, name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"{package}.{backend}"), name)
+    try:
+        return getattr(importlib.import_module(f"{package}.{backend}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        raise RuntimeError(
+            f"{name} on a GPU is computed by Triton, and the package triton is not installed: "
+            "pip install triton (on Linux; PyTorch's wheels for GPUs bring it along)"
+        ) from error
 
 
 def define_op(

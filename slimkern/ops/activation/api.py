@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimkern.ops._registry import Backends, define_op
+from slimkern.ops._registry import TRITON_DTYPES, Backends, define_op
 
-BACKENDS = Backends(__package__, default={"cpu": "cpu", "cuda": "reference", "meta": "reference"})
+BACKENDS = Backends(
+    __package__,
+    default={"cpu": "cpu", "cuda": "triton", "meta": "reference"},
+    dtypes={"cpu": (torch.float32, torch.bfloat16), "triton": TRITON_DTYPES},
+)
 ACTIVATIONS = ("none", "relu", "squared_relu", "gelu", "gelu_tanh", "quick_gelu", "silu")
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from slimkern.ops import _native
+from slimkern.ops._drop import dropped
 from slimkern.ops._native import neighbours, rows_of
 
 
@@ -14,10 +15,17 @@ def _floats(vector: Tensor) -> Tensor:
 
 
 def add_norm_fwd(
-    x: Tensor, residual: Tensor, gamma: Tensor, beta: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    seed: Tensor | None,
+    p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, residual [M, N], gamma, beta [N] -> y in residual's dtype, s [M, N], stats [M, 3]."""
-    x, residual = neighbours(x), neighbours(residual)
+    x = neighbours(x) if seed is None else dropped(x, seed, p)
+    residual = neighbours(residual)
     gamma, beta = _floats(gamma), _floats(beta)
     M, N = residual.shape
     y = torch.empty((M, N), dtype=residual.dtype)
@@ -32,9 +40,15 @@ def add_norm_fwd(
 
 
 def add_norm_grad(
-    grad: Tensor, s: Tensor, stats: Tensor, gamma: Tensor, narrow: bool
+    grad: Tensor,
+    s: Tensor,
+    stats: Tensor,
+    gamma: Tensor,
+    narrow: bool,
+    seed: Tensor | None,
+    p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad, s [M, N] -> ds in grad's dtype, in bfloat16 where ``narrow``, and sums [3, N]."""
+    """grad, s [M, N] -> ds in grad's dtype, that of x where it is another tensor, sums [3, N]."""
     grad, gamma = neighbours(grad), _floats(gamma)
     M, N = s.shape
     ds = torch.empty((M, N), dtype=grad.dtype)
@@ -48,4 +62,9 @@ def add_norm_grad(
         (stats.data_ptr(), gamma.data_ptr(), sums.data_ptr()), M, N, _native.threads(),
         scratch.data_ptr(), size,
     )  # fmt: skip
+    if not narrow:
+        low = low.to(grad.dtype)
+    if seed is not None:
+        low = dropped(low if narrow else ds, seed, p)
+        sums[2] = low.sum(0, dtype=torch.float32)
     return ds, low, sums

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slimkern.ops._pack import Packed, check_call
+from slimkern.ops._packed import Packed, check_call
 from slimkern.ops._registry import Backends, define_op
 
-BACKENDS = Backends(__package__, default={"cpu": "cpu"}, units="products")
+BACKENDS = Backends(__package__, default={"cpu": "cpu", "cuda": "triton"}, units="products")
 
 
-def _fake(x: Tensor, packed: Tensor, mask: Tensor | None, head_bias: Tensor | None) -> Tensor:
+def _fake(
+    x: Tensor, packed: list[Tensor], spec: str, mask: Tensor | None, head_bias: Tensor | None
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
 _op = define_op(
-    "attention_block", "Tensor x, Tensor packed, Tensor? mask, Tensor? head_bias", _fake, BACKENDS
+    "attention_block",
+    "Tensor x, Tensor[] packed, str spec, Tensor? mask, Tensor? head_bias",
+    _fake,
+    BACKENDS,
 )
 
 
@@ -29,7 +34,7 @@ def attention_block(
     (zeros, where torch's softmax of such scores has NaN or a uniform distribution).
 
     Args:
-        x: [B, T, hidden], float32 or bfloat16, any strides.
+        x: [B, T, hidden], float32 or bfloat16, on a GPU also float16; any strides.
         packed: what `slimkern.ops.pack_attention_block` returned.
         mask: which keys count. int64 [B]: the first so many of each sequence. bool [B, T]: where
             True. Floating [B, T]: added to the scores; a value of -1e30 or less removes the key.
@@ -45,4 +50,4 @@ def attention_block(
         RuntimeError: a gradient is asked for.
     """
     check_call("attention_block", "attention_block", x, packed, mask, head_bias)
-    return _op(x, packed.data, mask, head_bias, "cpu")
+    return _op(x, packed.tensors, packed.spec, mask, head_bias, packed.backend)

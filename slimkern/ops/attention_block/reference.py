@@ -25,7 +25,7 @@ def key_mask(mask: Tensor | None, x: Tensor) -> Tensor:
     if mask is None:
         return x.new_zeros(B, T)
     if mask.dtype == torch.int64:
-        mask = torch.arange(T) < mask[:, None]
+        mask = torch.arange(T, device=mask.device) < mask[:, None]
     if mask.dtype == torch.bool:
         return x.new_zeros(B, T).masked_fill(~mask, float("-inf"))
     return mask.to(x.dtype).masked_fill(mask <= REMOVED, float("-inf"))
@@ -60,7 +60,7 @@ def attention_block(
     if head_bias is not None:
         scores = scores + head_bias.to(x.dtype)
     if weights.causal:
-        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
+        scores = scores.masked_fill(torch.ones(T, T, device=x.device).triu(1).bool(), float("-inf"))
     unseen = (scores == float("-inf")).all(-1, keepdim=True)
     context = torch.softmax(scores.masked_fill(unseen, 0.0), -1).masked_fill(unseen, 0.0) @ v
     y = linear(weights.output, context.transpose(1, 2).flatten(2))

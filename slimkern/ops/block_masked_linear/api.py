@@ -16,8 +16,9 @@ from slimkern.ops.indexed_linear.api import linear_db, linear_dw
 
 BACKENDS = Backends(
     __package__,
-    default={"cpu": "reference", "cuda": "reference", "meta": "reference"},
-    fast=FAST,
+    default={"cpu": "reference", "cuda": "triton", "meta": "reference"},
+    # Triton has no float64, which serves checks.
+    fast={**FAST, ("cuda", torch.float64): "reference"},
     units="products",
 )
 
@@ -128,8 +129,9 @@ def block_masked_linear(
         bias: [N], or None.
         mask: of the weight's shape, on its device.
         dense_gradient: the gradient of the weight is dyᵀ x everywhere.
-        backend: ``reference``, ``cpu``, or None for the default of the device and
-            dtype: on CPUs ``cpu`` for float32 and bfloat16, else ``reference``.
+        backend: ``reference``, ``cpu``, ``triton``, or None for the default of the device and
+            dtype: on CPUs ``cpu`` for float32 and bfloat16, on CUDA ``triton`` for these and
+            float16, else ``reference``.
 
     Returns:
         [..., N], in the dtype of x.

@@ -36,7 +36,8 @@ def common_slice(x: Tensor, dim: int, otherwise: str) -> Tensor:
         a copy of the first slice; the dimension stays, with size 1.
 
     Raises:
-        ValueError: slices differ, or there is none.
+        ValueError: slices differ, or there is none. While a CUDA graph is captured nothing can be
+            looked at: slices that differ fail on the device, when the graph is replayed.
     """
     if x.shape[dim] == 1:
         return x

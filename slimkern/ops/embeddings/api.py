@@ -8,8 +8,12 @@ from torch import Tensor
 from slimkern.ops._registry import Backends, define_op
 from slimkern.ops._weights import NormWeights
 
-BACKENDS = Backends(__package__, default={"cpu": "cpu"})
-_DTYPES = (torch.float32, torch.bfloat16)
+BACKENDS = Backends(__package__, default={"cpu": "cpu", "cuda": "triton"})
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "reference": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def _fake(
@@ -50,19 +54,20 @@ def embeddings(
 
     Args:
         ids: int64 [B, T].
-        words: [vocabulary, hidden], float32 or bfloat16.
+        words: [vocabulary, hidden], float32 or bfloat16, on a GPU also float16.
         positions: [places, hidden].
         norm: a LayerNorm with weight and bias.
         types: [kinds, hidden], or None: nothing is added.
         type_ids: int64 [B or 1, T], or None: every token has row 0.
         position_ids: int64 [B or 1, T], or None: token t has row t.
-        backend: ``cpu``, ``reference``, or None for the default.
+        backend: ``cpu``, ``triton``, ``reference``, or None for the default.
 
     Returns:
         [B, T, hidden] in the dtype of the tables, which are summed in float32.
 
     Raises:
-        IndexError: an index is no row of its table.
+        IndexError: an index is no row of its table; on a GPU, which would have to be waited for,
+            the token's row is NaN instead.
         ValueError: a shape or a device does not fit.
         TypeError: a dtype does not fit.
         RuntimeError: a gradient is asked for.
@@ -81,8 +86,8 @@ def embeddings(
                 "torch.inference_mode() or torch.no_grad(), or train the model that "
                 "slimkern.unfuse_ gives back"
             )
-        if table.dtype not in _DTYPES or table.dtype != words.dtype:
-            accepted = " or ".join(map(str, _DTYPES))
+        if table.dtype not in _DTYPES[name] or table.dtype != words.dtype:
+            accepted = " or ".join(map(str, _DTYPES[name]))
             raise TypeError(f"{label} has dtype {table.dtype}; accepted: {accepted}, one for all")
         if table.dim() != 2 or table.shape[1] != words.shape[-1] or table.stride(1) != 1:
             raise ValueError(

@@ -26,6 +26,6 @@ def embeddings(
     total = words[ids]
     if types is not None:
         total = total + (types[0] if type_ids is None else types[type_ids])
-    places = torch.arange(ids.shape[1]) if position_ids is None else position_ids
+    places = torch.arange(ids.shape[1], device=ids.device) if position_ids is None else position_ids
     total = total + positions[places]
     return torch.layer_norm(total, (total.shape[-1],), gamma, beta, eps)

@@ -8,7 +8,7 @@ from slimkern.ops import _fused
 
 
 def encoder_layer(
-    x: Tensor, packed: Tensor, mask: Tensor | None, head_bias: Tensor | None
+    x: Tensor, packed: list[Tensor], spec: str, mask: Tensor | None, head_bias: Tensor | None
 ) -> Tensor:
     """x [B, T, hidden] -> [B, T, hidden]."""
-    return _fused.layer(x, packed, mask, head_bias)
+    return _fused.layer(x, packed[0], mask, head_bias)

@@ -7,6 +7,6 @@ from torch import Tensor
 from slimkern.ops import _fused
 
 
-def ffn(x: Tensor, packed: Tensor) -> Tensor:
+def ffn(x: Tensor, packed: list[Tensor], spec: str) -> Tensor:
     """x [M, hidden] -> [M, hidden]."""
-    return _fused.flat(x, packed, None)
+    return _fused.flat(x, packed[0], None)

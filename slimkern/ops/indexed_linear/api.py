@@ -10,13 +10,14 @@ from torch import Tensor
 
 from slimkern.ops._linear import autocast_linear, check_device, check_linear
 from slimkern.ops._plain import FAST
-from slimkern.ops._registry import Backends, define_op
+from slimkern.ops._registry import TRITON_DTYPES, Backends, define_op
 
 BACKENDS = Backends(
     __package__,
     default={"cpu": "reference", "cuda": "triton", "meta": "reference"},
     fast=FAST,
     units="products",
+    dtypes={"triton": TRITON_DTYPES},
 )
 
 

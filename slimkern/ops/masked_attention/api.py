@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slimkern.ops._masked import Backend, Ending, autocast_dtype
+from slimkern.ops._masked import Ending, autocast_dtype
 from slimkern.ops._masked_checks import check_block, check_ending, check_kept, check_linear
+from slimkern.ops._masked_linears import (
+    Backend,
+)
 from slimkern.ops._weights import AttentionWeights
 from slimkern.ops.masked_attention.functions import MaskedOutputFn, MaskedQkvFn
 from slimkern.ops.seeded_dropout import draw_seed
@@ -70,6 +73,8 @@ def masked_attention(
     """
     kept = Kept() if kept is None else kept
     _check(x, weights, kept, mask, attention_dropout, dropout)
+    if kept.output is None or kept.output.shape[0] == weights.output.weight.shape[1]:
+        kept = Kept()  # as many of each: all
     w, post, dtype = weights, weights.post, autocast_dtype(x)
     by = Backend.choose(backend, x, dtype)
     inner = torch.float32 if x.device.type == "cpu" and dtype == torch.bfloat16 else dtype
@@ -86,7 +91,7 @@ def masked_attention(
     y: Tensor = MaskedOutputFn.apply(
         context.transpose(1, 2).reshape(M, -1), folded, w.output.weight, w.output.bias,
         None if post is None else post.weight, None if post is None else post.bias,
-        draw_seed() if dropout else None, kept.output, dtype,
+        draw_seed(x.device) if dropout else None, kept.output, dtype,
         Ending(w.residual, None if post is None else post.eps, dropout), by,
     )  # fmt: skip
     return y.view(x.shape)

@@ -7,35 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkern.ops._masked import (
+from slimkern.ops._masked import Ending, refuse_second_derivative
+from slimkern.ops._masked_linears import (
     Backend,
-    Ending,
-    Linear,
-    kept_part,
-    refuse_second_derivative,
-    vector_grad,
-    weight_grad,
+    joined_linear,
+    saved_linear,
+    vector_grads,
+    wanted,
+    weight_grads,
 )
+from slimkern.ops.kept_linear import joined_heads
 
 _ops: Any = torch.ops.slimkern
 Index = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def _joined_weights(
-    weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], rows: Index, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """The kept rows of three weights one below the other, and of their biases."""
-    weight = torch.cat([kept_part(w, r, None).to(dtype) for w, r in zip(weights, rows)])
-    if all(b is None for b in biases):
-        return weight, None
-    parts = []
-    for w, b, r in zip(weights, biases, rows):
-        count = w.shape[0] if r is None else r.shape[0]
-        if b is None:
-            parts.append(w.new_zeros(count, dtype=dtype))
-        else:
-            parts.append((b if r is None else b.index_select(0, r)).to(dtype))
-    return weight, torch.cat(parts)
+def _side_by_side(
+    grads: tuple[Tensor, ...], dtype: torch.dtype, by: Backend
+) -> tuple[Tensor, Tensor]:
+    """Gradients [B, heads, T, d] -> [B T, 3 heads d] in the products' dtype, and its sums."""
+    if by.compact:
+        side, sums = joined_heads(list(grads), dtype, by.linears)
+        return side, sums
+    B, heads, T, d = grads[0].shape
+    grad = grads[0].new_empty((B, T, 3, heads * d), dtype=dtype)
+    for i, part in enumerate(grads):
+        grad[:, :, i].view(B, T, heads, d).copy_(part.transpose(1, 2))
+    grad = grad.view(B * T, 3 * heads * d)
+    return grad, _ops.indexed_linear_db.default(grad, None, grad.shape[1], by.linears)
 
 
 class MaskedQkvFn(torch.autograd.Function):
@@ -60,10 +59,10 @@ class MaskedQkvFn(torch.autograd.Function):
         """x [B, T, hidden] -> q, k, v [B, heads, T, d] of dtype ``out``, views of one tensor."""
         B, T, hidden = x.shape
         narrow = x.reshape(B * T, hidden).to(dtype)
-        weight, bias = _joined_weights((wq, wk, wv), (bq, bk, bv), rows, dtype)
-        y = Linear(weight, None, None).forward(narrow, bias, None, by)
-        ctx.save_for_backward(narrow, weight, *rows)
-        ctx.likes = tuple((w.shape, w.dtype) for w in (wq, wk, wv))
+        linear = joined_linear((wq, wk, wv), (bq, bk, bv), rows, None, dtype, by)
+        y = linear.forward(narrow)
+        ctx.save_for_backward(narrow, linear.weight, *rows)
+        ctx.shape, ctx.weights = wq.shape, (wq.dtype, wk.dtype, wv.dtype)
         ctx.biases = tuple(None if b is None else b.dtype for b in (bq, bk, bv))
         ctx.x, ctx.by = (x.shape, x.dtype), by
         heads = y.to(out).view(B, T, 3, -1, head_dim).permute(2, 0, 3, 1, 4)
@@ -79,28 +78,19 @@ class MaskedQkvFn(torch.autograd.Function):
         refuse_second_derivative("masked_attention")
         x, weight, *rows = ctx.saved_tensors
         need, by = ctx.needs_input_grad, ctx.by
-        (B, T, _), dtype = ctx.x
-        width = weight.shape[0] // 3
-        # Side by side again, in the dtype of the products: one pass over each.
-        grad = x.new_empty(B, T, 3, width)
-        for i, part in enumerate(grads):
-            grad[:, :, i].view(B, T, part.shape[1], -1).copy_(part.transpose(1, 2))
-        grad = grad.view(B * T, 3 * width)
-        sums = None
-        found: list[Tensor | None] = []
-        for i in range(3):
-            part, (N, _), dw, db = grad[:, i * width : (i + 1) * width], ctx.likes[i][0], None, None
-            if need[1 + 2 * i]:
-                dw = weight_grad(part, x, rows[i], None, ctx.likes[i], by)
-            if need[2 + 2 * i]:
-                if sums is None:
-                    sums = _ops.indexed_linear_db.default(grad, None, 3 * width, by.linears)
-                kept = sums[i * width : (i + 1) * width]
-                db = vector_grad(kept.clone(), rows[i], N, ctx.biases[i])
-            found += [dw, db]
+        grad, sums = _side_by_side(grads, x.dtype, by)
+        dws: list[Tensor | None] = [None] * 3
+        dbs: list[Tensor | None] = [None] * 3
+        weights, biases = wanted(ctx.weights, need[1:7:2]), wanted(ctx.biases, need[2:7:2])
+        if any(weights):
+            dws = weight_grads(grad, x, tuple(rows), None, ctx.shape, weights, by)
+        if any(biases):
+            dbs = vector_grads(sums, tuple(rows), ctx.shape[0], biases, by)
+        found = [part for pair in zip(dws, dbs) for part in pair]
         dx = None
         if need[0]:
-            dx = Linear(weight, None, None).dx(grad, by).to(dtype).view(ctx.x[0])
+            shape, dtype = ctx.x
+            dx = saved_linear(weight, None, None, False, by).dx_onto(grad, None, dtype).view(shape)
         return dx, *found, *(None,) * 5
 
 
@@ -123,11 +113,11 @@ class MaskedOutputFn(torch.autograd.Function):
         by: Backend,
     ) -> Tensor:
         """context [M, kept], x [M, hidden] -> y [M, hidden]."""
-        narrow, linear = context.to(dtype), Linear.of(w, None, cols, dtype)
+        narrow, linear = context.to(dtype), joined_linear((w,), (b,), (None,), cols, dtype, by)
         norm = None if gamma is None or beta is None else (gamma, beta)
-        y, saved = ending.forward(linear.forward(narrow, b, None, by), x, seed, norm, by)
+        y, saved = ending.forward(linear.forward(narrow), x, seed, norm, by)
         ctx.save_for_backward(narrow, linear.weight, cols, gamma, *saved)
-        ctx.like, ctx.indexed = (w.shape, w.dtype), linear.cols is not None
+        ctx.like, ctx.indexed = (w.shape, (w.dtype,)), linear.cols is not None
         ctx.bias = None if b is None else b.dtype
         ctx.norms = None if beta is None else beta.dtype
         ctx.context, ctx.ending, ctx.by = context.dtype, ending, by
@@ -143,11 +133,12 @@ class MaskedOutputFn(torch.autograd.Function):
         refuse_second_derivative("masked_attention")
         context, w, cols, gamma, *saved = ctx.saved_tensors
         need, by = ctx.needs_input_grad, ctx.by
-        linear = Linear(w, None, cols if ctx.indexed else None)
+        linear = saved_linear(w, None, cols, ctx.indexed, by)
         to_x, to_y, total, norms = ctx.ending.backward(grad, tuple(saved), gamma, context.dtype, by)
-        d_context = linear.dx(to_y, by).to(ctx.context) if need[0] else None
-        dw = weight_grad(to_y, context, None, cols, ctx.like, by) if need[2] else None
-        db = vector_grad(total, None, 0, ctx.bias) if need[3] else None
+        d_context = linear.dx_onto(to_y, None, ctx.context) if need[0] else None
+        shape, dtypes = ctx.like
+        dw = weight_grads(to_y, context, (None,), cols, shape, dtypes, by)[0] if need[2] else None
+        db = total.to(ctx.bias) if need[3] else None
         d_gamma = norms[0].to(gamma.dtype) if need[4] and norms is not None else None
         d_beta = norms[1].to(ctx.norms) if need[5] and norms is not None else None
         return d_context, to_x, dw, db, d_gamma, d_beta, *(None,) * 5

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkern.ops._masked import (
-    Backend,
-    Ending,
-    Linear,
-    autocast_dtype,
-    refuse_second_derivative,
-    vector_grad,
-    weight_grad,
-)
+from slimkern.ops._masked import Ending, autocast_dtype, refuse_second_derivative
 from slimkern.ops._masked_checks import check_block, check_ending, check_kept, check_linear
+from slimkern.ops._masked_linears import (
+    Backend,
+    joined_linear,
+    saved_linear,
+    vector_grads,
+    weight_grads,
+)
 from slimkern.ops._weights import FfnWeights
-from slimkern.ops.activation import activation_fwd, activation_grad
+from slimkern.ops.activation import activation_grad
 from slimkern.ops.activation.api import ACTIVATIONS
+from slimkern.ops.kept_linear.api import MULTIPLE
 from slimkern.ops.seeded_dropout import draw_seed
 
 
@@ -45,13 +45,13 @@ class MaskedFfnFn(torch.autograd.Function):
     ) -> Tensor:
         """x [M, hidden] -> y [M, hidden]."""
         narrow = x.to(dtype)
-        first, second = Linear.of(w1, keep, None, dtype), Linear.of(w2, None, keep, dtype)
-        h = first.forward(narrow, b1, keep, by)
-        a = activation_fwd(h, activation, by.rows)
+        first = joined_linear((w1,), (b1,), (keep,), None, dtype, by, MULTIPLE)
+        second = joined_linear((w2,), (b2,), (None,), keep, dtype, by, MULTIPLE)
+        a, h = first.activated(narrow, activation)
         norm = None if gamma is None or beta is None else (gamma, beta)
-        y, saved = ending.forward(second.forward(a, b2, None, by), x, seed, norm, by)
+        y, saved = ending.forward(second.forward(a), x, seed, norm, by)
         ctx.save_for_backward(narrow, h, first.weight, second.weight, keep, gamma, *saved)
-        ctx.first, ctx.second = (w1.shape, w1.dtype), (w2.shape, w2.dtype)
+        ctx.first, ctx.second = (w1.shape, (w1.dtype,)), (w2.shape, (w2.dtype,))
         ctx.b1 = None if b1 is None else b1.dtype
         ctx.b2 = None if b2 is None else b2.dtype
         ctx.norms = None if beta is None else beta.dtype
@@ -68,33 +68,28 @@ class MaskedFfnFn(torch.autograd.Function):
         """
         refuse_second_derivative("masked_ffn")
         x, h, w1, w2, keep, gamma, *saved = ctx.saved_tensors
-        first = Linear(w1, keep if ctx.indexed[0] else None, None)
-        second = Linear(w2, None, keep if ctx.indexed[1] else None)
         need, by = ctx.needs_input_grad, ctx.by
+        first = saved_linear(w1, keep, None, ctx.indexed[0], by)
+        second = saved_linear(w2, None, keep, ctx.indexed[1], by)
         to_x, to_y, total, norms = ctx.ending.backward(grad, tuple(saved), gamma, x.dtype, by)
         dx = dw1 = db1 = dw2 = db2 = None
         if need[4]:
-            db2 = vector_grad(total, None, 0, ctx.b2)
+            db2 = total.to(ctx.b2)
         if any(need[:4]):
-            dh, a, sums = activation_grad(second.dx(to_y, by), h, ctx.activation, by.rows)
+            dh, a, sums = activation_grad(second.dx(to_y), h, ctx.activation, by.rows)
             if need[1]:
-                dw1 = weight_grad(dh, x, keep, None, ctx.first, by)
+                shape, dtypes = ctx.first
+                (dw1,) = weight_grads(dh, x, (keep,), None, shape, dtypes, by)
             if need[2]:
-                db1 = vector_grad(sums, keep, ctx.first[0][0], ctx.b1)
+                (db1,) = vector_grads(sums, (keep,), ctx.first[0][0], (ctx.b1,), by)
             if need[3]:
-                dw2 = weight_grad(to_y, a, None, keep, ctx.second, by)
+                shape, dtypes = ctx.second
+                (dw2,) = weight_grads(to_y, a, (None,), keep, shape, dtypes, by)
             if need[0]:
-                dx = _joined(first.dx(dh, by), to_x, grad.dtype)
+                dx = first.dx_onto(dh, to_x, grad.dtype)
         d_gamma = norms[0].to(gamma.dtype) if need[5] else None
         d_beta = norms[1].to(ctx.norms) if need[6] else None
         return dx, dw1, db1, dw2, db2, d_gamma, d_beta, *(None,) * 6
-
-
-def _joined(dx: Tensor, to_x: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient of x through the block, and that through the residual."""
-    if to_x is None:
-        return dx.to(dtype)
-    return dx.add_(to_x) if dx.dtype == dtype else to_x + dx
 
 
 def masked_ffn(
@@ -141,7 +136,7 @@ def masked_ffn(
     y: Tensor = MaskedFfnFn.apply(
         folded, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
         None if post is None else post.weight, None if post is None else post.bias,
-        draw_seed() if dropout else None, keep, weights.activation, dtype, ending,
+        draw_seed(x.device) if dropout else None, keep, weights.activation, dtype, ending,
         Backend.choose(backend, folded, dtype),
     )  # fmt: skip
     return y if x.dim() == 2 else y.reshape(x.shape)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slimkern.ops._pack import Packed, check_call
+from slimkern.ops._packed import Packed, check_call
 from slimkern.ops._registry import Backends, define_op
 
-BACKENDS = Backends(__package__, default={"cpu": "cpu"}, units="products")
+BACKENDS = Backends(__package__, default={"cpu": "cpu", "cuda": "triton"}, units="products")
 
 
-def _fake(x: Tensor, packed: Tensor, N: int) -> Tensor:
+def _fake(x: Tensor, packed: list[Tensor], spec: str, N: int) -> Tensor:
     return x.new_empty(x.shape[0], N)
 
 
-_op = define_op("packed_linear", "Tensor x, Tensor packed, SymInt N", _fake, BACKENDS)
+_op = define_op("packed_linear", "Tensor x, Tensor[] packed, str spec, SymInt N", _fake, BACKENDS)
 
 
 def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """``y = x @ Wᵀ + b`` on a packed weight, for inference.
 
     Args:
-        x: [..., K], float32 or bfloat16, any strides.
+        x: [..., K], float32 or bfloat16, on a GPU also float16; any strides.
         packed: what `slimkern.ops.pack_linear` returned.
 
     Returns:
@@ -34,6 +34,7 @@ def packed_linear(x: Tensor, packed: Packed) -> Tensor:
     """
     check_call("packed_linear", "linear", x, packed)
     N = packed.out_features
+    how = (packed.tensors, packed.spec, N, packed.backend)
     if x.dim() == 2:
-        return _op(x, packed.data, N, "cpu")
-    return _op(x.reshape(-1, packed.in_features), packed.data, N, "cpu").reshape(*x.shape[:-1], N)
+        return _op(x, *how)
+    return _op(x.reshape(-1, packed.in_features), *how).reshape(*x.shape[:-1], N)

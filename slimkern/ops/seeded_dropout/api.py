@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkern.ops._registry import Backends, define_op
+from slimkern.ops._registry import TRITON_DTYPES, Backends, define_op
 
-BACKENDS = Backends(__package__, default={"cpu": "cpu", "cuda": "reference", "meta": "reference"})
+BACKENDS = Backends(
+    __package__,
+    default={"cpu": "cpu", "cuda": "triton", "meta": "reference"},
+    dtypes={"cpu": (torch.float32, torch.bfloat16), "triton": TRITON_DTYPES},
+)
 
 
 def _fake(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -42,15 +46,18 @@ class SeededDropoutFn(torch.autograd.Function):
         return seeded_dropout(grad, seed, ctx.p, ctx.backend), None, None, None
 
 
-def draw_seed() -> Tensor:
-    """Of torch's generator of the CPU: int64 [1]."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,))
+def draw_seed(device: torch.device | None = None) -> Tensor:
+    """A seed, int64 [1], of torch's generator of the device, the CPU's by default.
+
+    A GPU draws its own: nothing waits for it, and each replay of a CUDA graph draws anew.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero with probability ``p``, else x / (1 - p); independent choices, as `F.dropout` has them.
 
-    The seed is drawn from torch's generator of the CPU. What is dropped is not stored, but made
+    The seed is drawn from torch's generator of x's device. What is dropped is not stored, but made
     again in the backward.
 
     Args:
@@ -62,7 +69,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if p == 0.0:
         return x
-    kernel = x.dtype in (torch.float32, torch.bfloat16)
-    backend = BACKENDS.choose(None if kernel else "reference", x.device)
-    y: Tensor = SeededDropoutFn.apply(x, draw_seed(), p, backend)
+    backend = BACKENDS.choose(None, x.device, x.dtype)
+    y: Tensor = SeededDropoutFn.apply(x, draw_seed(x.device), p, backend)
     return y

@@ -25,13 +25,13 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def seeded_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """x of any shape -> its dropout, contiguous; seed int64 [1], on the CPU.
+    """x of any shape -> its dropout, contiguous; seed int64 [1], on the device of x.
 
     An element is dropped with the probability round(2^32 p) / 2^32.
     """
     if p == 1.0:
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    low, high = int(seed) & _WORD, (int(seed) >> 32) & _WORD
+    low, high = seed & _WORD, (seed >> 32) & _WORD
     number = torch.arange(x.numel(), device=x.device)
     page = ((number >> 32) * 0x9E3779B9 + high) & _WORD
     drawn = _mixed(_mixed(((number & _WORD) + low) & _WORD) ^ page).view(x.shape)
