@@ -17,7 +17,7 @@ from triton_cases import (
     skip_interpreted_bf16,
 )
 
-from slimkern.ops import _gemm, _gemm_configs, _gemm_product, _gemm_weights
+from slimkern.ops import _gemm, _gemm_configs, _gemm_product, _gemm_weights, _tune
 from slimkern.ops.activation.api import ACTIVATIONS
 from slimkern.ops.activation.reference import activation_fwd
 
@@ -215,3 +215,47 @@ def test_products_of_differing_widths(device):
             for f in (torch.clone, torch.abs)
         )
         assert_sum_of_products(got, want, F.linear(x, w, bias), large, x.shape[1] + 1)
+
+
+def test_neighbours_are_a_view():
+    w = normal(64, 64)
+    a_run, other = torch.arange(8, 24), torch.tensor([0, 2, 3])
+    for rows, cols, want in (
+        (a_run, None, w[8:24]),
+        (None, a_run, w[:, 8:24]),
+        (a_run, a_run, w[8:24, 8:24]),
+        (None, None, w),
+    ):
+        got = _gemm.kept_part(w, rows, cols)
+        assert got.data_ptr() == want.data_ptr()
+        assert torch.equal(got, want)
+    for rows, cols in ((other, None), (None, other), (a_run, other), (None, a_run + 1)):
+        got = _gemm.kept_part(w, rows, cols)  # the last: no row starts on a 16-byte boundary
+        assert got.untyped_storage().data_ptr() != w.untyped_storage().data_ptr()
+        part = w if rows is None else w[rows]
+        assert torch.equal(got, part if cols is None else part[:, cols])
+    a_run += 16  # in place: what was read of it before holds no longer
+    assert torch.equal(_gemm.kept_part(w, a_run, None), w[24:40])
+    a_run[3] += 30
+    assert torch.equal(_gemm.kept_part(w, a_run.sort().values, None), w[a_run.sort().values])
+
+
+def test_configurations_that_a_gpu_cannot_hold_are_not_tried():
+    large = _gemm_configs.DESCRIPTOR_TILES[0]
+    assert _tune.holds(large, 2, 227 << 10)
+    assert not _tune.holds(large, 2, 99 << 10)
+    assert not _tune.holds(large, 2, 227 << 10, accumulators=2)
+    for table in ("HALF", "NARROW", "FLOAT", "DESCRIPTOR"):
+        tiles = getattr(_gemm_configs, f"{table}_TILES")
+        assert len(tiles) <= 8
+        shared = 227 << 10 if table == "DESCRIPTOR" else 99 << 10
+        assert all(_tune.holds(tile, 4 if table == "FLOAT" else 2, shared) for tile in tiles)
+
+
+def test_nothing_is_tuned_where_nothing_can_be_measured():
+    tiles = _gemm_configs.HALF_TILES
+    launched = []
+    with _tune.tuning():
+        got = _tune.fastest("x", (1,), normal(2, 2), tiles, tiles[2], launched.append)
+    assert got is tiles[2]
+    assert not launched

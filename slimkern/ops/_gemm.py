@@ -30,7 +30,7 @@ from slimkern.ops._gemm_descriptors import _gated_descriptor_kernel
 from slimkern.ops._gemm_grouped import grouped_products
 from slimkern.ops._gemm_kernels import _gated_kernel
 from slimkern.ops._gemm_product import Product, run
-from slimkern.ops._gemm_weights import gathered, padded, product_dw, scatter_sum
+from slimkern.ops._gemm_weights import gathered, kept_part, padded, product_dw, run_of, scatter_sum
 from slimkern.ops._launch import launch
 from slimkern.ops._tile import (
     Tile,
@@ -50,10 +50,12 @@ __all__ = [
     "gated_product",
     "gathered",
     "grouped_products",
+    "kept_part",
     "padded",
     "product",
     "product_dw",
     "product_dx",
+    "run_of",
     "scatter_sum",
 ]
 
@@ -173,14 +175,31 @@ def gated_product(
     if (gate_bias is None) != (up_bias is None):
         raise ValueError("gate_bias and up_bias: accepted: both, or neither")
     gate_bias, up_bias = contiguous(gate_bias), contiguous(up_bias)
-    (M, K), N = x.shape, gate.shape[0]
+    M, N = x.shape[0], gate.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device) if out is None else out
     if y.numel() == 0:
         return y
+    exactness = input_precision or precision(x.dtype)
+    _run_gated(x, gate, up, gate_bias, up_bias, y, activation, exactness)
+    return y
+
+
+def _run_gated(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    y: Tensor,
+    activation: str,
+    exactness: str,
+) -> None:
+    """The launch of `gated_product`."""
+    (M, K), N = x.shape, gate.shape[0]
     flags = {
         "HAS_BIAS": gate_bias is not None,
         "ACTIVATION": activation,
-        "PRECISION": input_precision or precision(x.dtype),
+        "PRECISION": exactness,
         "GROUP": GROUP,
     }
     by_descriptor = K > 0 and has_descriptors(x) and all(map(describable, (x, gate, up)))
@@ -211,6 +230,5 @@ def gated_product(
             )  # fmt: skip
 
     tile = choose_tile(tiles, bucket(M), N)
-    sizes = (bucket(M), N, K, align, by_descriptor, stores, flags["PRECISION"])
+    sizes = (bucket(M), N, K, align, by_descriptor, stores, exactness)
     attempt(fastest("gated product", sizes, x, tiles, tile, attempt, accumulators=2))
-    return y

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from slimkern.ops._gemm_configs import (
     COPY_TILE,
@@ -38,6 +39,58 @@ from slimkern.ops._tune import fastest
 def padded(size: int, multiple: int = MULTIPLE) -> int:
     """``size`` rounded up to ``multiple``."""
     return -(-size // multiple) * multiple
+
+
+# Which index vectors are one run of neighbours, where each begins, and of which version of its
+# values that was read.
+_runs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _begin_of_run(index: Tensor) -> int | None:
+    """The first entry of an index whose entries are neighbours, else None.
+
+    Read once for each index, for which the host waits; never while a CUDA graph is captured, in
+    which an index may be given other values later.
+    """
+    if index.is_meta or index.is_inference() or index.numel() == 0:
+        return None
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    known = _runs.get(index)
+    if known is None or known[0] != index._version:
+        first, last = (int(entry) for entry in index[[0, -1]].tolist())
+        known = (index._version, first if last - first == index.numel() - 1 else None)
+        _runs[index] = known
+    begin: int | None = known[1]
+    return begin
+
+
+def run_of(w: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
+    """``W[rows][:, cols]`` as a view of w [N, K]; None where that is none, or none that is aligned.
+
+    It is one where the kept rows and the kept columns are a run of neighbours each.
+    """
+    if rows is None and cols is None:
+        return w
+    view = w
+    for dim, index in enumerate((rows, cols)):
+        if index is None:
+            continue
+        begin = _begin_of_run(index)
+        if begin is None:
+            return None
+        view = view.narrow(dim, begin, index.numel())
+    return view if describable(view) else None
+
+
+def kept_part(w: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    """``W[rows][:, cols]`` of w [N, K]: a view where `run_of` has one, else a compact copy."""
+    view = run_of(w, rows, cols)
+    if view is not None:
+        return view
+    R = w.shape[0] if rows is None else rows.shape[0]
+    C = w.shape[1] if cols is None else cols.shape[0]
+    return gathered(w, rows, cols)[:R, :C]
 
 
 def gathered(
@@ -104,10 +157,17 @@ def product_dw(
     """
     check_dtype("x", x)
     rows, cols = contiguous(rows), contiguous(cols)
-    (M, R), C = gy.shape, x.shape[1]
+    R, C = gy.shape[1], x.shape[1]
     grad = torch.empty(shape or (R, C), dtype=x.dtype, device=x.device) if out is None else out
     if R == 0 or C == 0:
         return grad.zero_()
+    _run_dw(gy, x, rows, cols, grad)
+    return grad
+
+
+def _run_dw(gy: Tensor, x: Tensor, rows: Tensor | None, cols: Tensor | None, grad: Tensor) -> None:
+    """The launches of `product_dw`: the sums of each slice, and what adds and spreads them."""
+    (M, R), C = gy.shape, x.shape[1]
     exactness = precision(x.dtype)
     by_descriptor = M > 0 and has_descriptors(x) and describable(gy) and describable(x)
     align = alignment(R, C, gy.stride(0), x.stride(0))
@@ -144,7 +204,6 @@ def product_dw(
     tile = choose_tile(tiles, R, C, slices=splits(1, triton.cdiv(bucket(M), tiles[0].k)))
     sizes = (bucket(M), R, C, align, by_descriptor, exactness)
     attempt(fastest("gradient of a weight", sizes, x, tiles, tile, attempt))
-    return grad
 
 
 def scatter_sum(

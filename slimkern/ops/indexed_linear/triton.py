@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkern.ops._gemm import gathered, product, product_dw, product_dx, scatter_sum
+from slimkern.ops._gemm import kept_part, product, product_dw, product_dx, run_of, scatter_sum
 from slimkern.ops._launch import launch
 from slimkern.ops._tile import (
     Tile,
@@ -68,11 +68,9 @@ def indexed_linear_fwd(
         TypeError: a dtype other than float32, float16 or bfloat16.
     """
     check_dtype("x", x)
-    if cols is None:
+    if cols is None and run_of(weight, rows, None) is None:
         return product(x, weight, bias, rows)
-    R = weight.shape[0] if rows is None else rows.shape[0]
-    kept = gathered(weight, rows, cols)[:R, : x.shape[1]]
-    return product(x, kept, bias, rows, packed=True)
+    return product(x, kept_part(weight, rows, cols), bias, rows, packed=True)
 
 
 def indexed_linear_dx(
@@ -84,10 +82,7 @@ def indexed_linear_dx(
         TypeError: a dtype other than float32, float16 or bfloat16.
     """
     check_dtype("x", grad_y)
-    C = weight.shape[1] if cols is None else cols.shape[0]
-    if rows is not None or cols is not None:
-        weight = gathered(weight, rows, cols)[:, :C]
-    return product_dx(grad_y, weight)
+    return product_dx(grad_y, kept_part(weight, rows, cols))
 
 
 def indexed_linear_dw(
