@@ -88,6 +88,27 @@ def test_product_with_its_epilogue(size, activation, dtype, device):
 
 
 @devices
+@pytest.mark.parametrize("number", range(5))
+def test_every_configuration(number, route, device, monkeypatch):
+    """Several tiles each way, also of the widest, which is finished in two halves."""
+    halves = (_gemm_configs.DESCRIPTOR_TILES, _gemm_configs.HALF_TILES)[route == "pointers"]
+    monkeypatch.setattr(_gemm_product, "choose_tile", lambda tiles, a, b: halves[number])
+    x, w, bias, residual = (
+        normal(*shape, dtype=torch.float16, device=device)
+        for shape in ((140, 70), (300, 70), (300,), (140, 300))
+    )
+    out = _gemm.empty_padded(140, 300, x)
+    y, h = _gemm.product(x, w, bias, keep_input=True, residual=residual, out=out)
+    parts = (x, w, bias)
+    want, large = (F.linear(*(f(p.double()) for p in parts)) for f in (torch.clone, torch.abs))
+    eager = F.linear(*parts)
+    assert_sum_of_products(h, want, eager, large, 71)
+    assert_sum_of_products(
+        y, want + residual.double(), eager + residual, large + residual.abs(), 73
+    )
+
+
+@devices
 @pytest.mark.parametrize("many", [False, True])
 def test_a_packed_weight_and_its_whole_bias(many, device):
     """Many tokens in full float32 precision take a transposed copy of the weight."""
