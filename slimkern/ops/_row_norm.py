@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkern.ops._tile import bucket, offsets
+from slimkern.ops._tile import bucket, offsets, on_device
 
 # What a mask may be: none, how many keys of each sequence are kept, which, what is added to scores.
 _NONE, _LENGTHS, _KEEP, _ADDED = range(4)
@@ -137,7 +137,7 @@ def row_norm(
     code, least, strides = _mask_of(mask)
     block_h = bucket(H)
     block_m = max(min(_ELEMENTS // block_h, 8), 1)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _row_norm_kernel[(triton.cdiv(M, block_m),)](
             x, weight, bias, mask, y, low,
             M, H, tokens, eps, least,
