@@ -258,3 +258,29 @@ def test_backends_of_packs():
     assert _packed.PACKED_BACKENDS.choose(None, torch.device("cuda")) == "triton"
     with pytest.raises(ValueError, match="linear is on meta; accepted: cpu, cuda"):
         ops.pack_linear(torch.zeros(3, 4, device="meta"))
+
+
+def test_precision_on_gpus_is_torchs_own():
+    before = torch.get_float32_matmul_precision()
+    rocm = torch.version.hip is not None
+    wanted = {"highest": "fp32", "high": "fp32" if rocm else "tf32", "medium": "bf16"}
+    try:
+        for name, math in wanted.items():
+            torch.set_float32_matmul_precision(name)
+            assert ops.current_precision("cuda") == name
+            assert ops.choose_math(torch.float32, None, "cuda") == math
+            assert ops.choose_math(torch.float16, None, "cuda") == "fp16"
+            assert ops.choose_math(torch.bfloat16, None, "cuda") == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name, math in wanted.items():
+        assert ops.choose_math(torch.float32, name, "cuda") == math
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        old = matmul.fp32_precision
+        try:
+            matmul.fp32_precision = "tf32"
+            assert ops.current_precision("cuda") == "high"
+            assert ops.current_precision() == before
+        finally:
+            matmul.fp32_precision = old
