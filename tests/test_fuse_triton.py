@@ -13,7 +13,7 @@ from slimkern import ops
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from triton_cases import DEVICES, DTYPE_IDS, DTYPES, skip_interpreted_bf16
+from triton_cases import DEVICES, DTYPE_IDS, DTYPES, moved, skip_interpreted_bf16
 
 from slimkern.ops import _device_pack, _packed
 from slimkern.ops._row_norm import row_norm
@@ -58,16 +58,6 @@ def poisoned(monkeypatch):
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", nan_empty)
-
-
-def moved(weights, device):
-    """The same description with every tensor on a device."""
-    if isinstance(weights, torch.Tensor):
-        return weights.to(device)
-    if not hasattr(weights, "__dataclass_fields__"):
-        return weights
-    fields = weights.__dataclass_fields__
-    return replace(weights, **{name: moved(getattr(weights, name), device) for name in fields})
 
 
 def masks(shape):
@@ -194,6 +184,12 @@ def test_a_pack_is_laid_out_for_wide_loads(device):
     for part in packed.parts:
         assert (part.data_ptr() - packed.data.data_ptr()) % 256 == 0
         assert part.dim() == 1 or part.stride(0) * part.element_size() % 16 == 0
+    exact = ops.pack_ffn(cast(weights.ffn, torch.float32), math="fp32", backend="triton")
+    gate = exact.parts[0]
+    assert gate.shape == (128, 63)
+    assert gate.stride(0) == 1
+    assert gate.stride(1) * 4 % 16 == 0
+    assert torch.equal(gate[:70], weights.ffn.fc1.weight.float())
     other = copy.deepcopy(packed)
     x = make_x(shape, torch.float16).to(device)
     assert torch.equal(ops.encoder_layer(x, packed), ops.encoder_layer(x, other))

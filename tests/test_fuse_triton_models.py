@@ -8,16 +8,18 @@ import pytest
 import tiny_models
 import torch
 from fuse_cases import FAMILIES, inputs, layer_of, tiny
+from fused_cases import Shape, make_weights
 from torch import nn
 
 import slimkern
 from slimkern import accuracy
 from slimkern.nn import FusedModule
+from slimkern.nn.fused_text import added_to_scores
 
 pytest.importorskip("transformers")
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from triton_cases import DEVICES, GPU, INTERPRETED
+from triton_cases import DEVICES, GPU, INTERPRETED, moved
 
 from slimkern.ops._packed import PACKED_BACKENDS
 from slimkern.ops.embeddings.api import BACKENDS as EMBEDDINGS
@@ -85,6 +87,26 @@ def test_a_fused_model_computes_what_the_plain_one_does(family, device):
     kept = given["attention_mask"].bool()
     assert not y[~kept].any()
     assert y[kept].all()
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layers_take_the_mask_that_a_stack_makes_on_a_gpu(dtype, device):
+    """A bool mask and what is added to the scores instead are the same to a layer."""
+    keep = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool().to(device)
+    x = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    added = added_to_scores(keep[:, None, None, :], x)
+    assert added.shape == (3, 1, 1, 5)
+    assert added.dtype == dtype
+    assert added.stride(0) * added.element_size() % 16 == 0
+    weights = make_weights("encoder_layer", Shape(3, 5, hidden=9, head_dim=4, channels=6))
+    packed = slimkern.ops.pack_encoder_layer(moved(weights, device, dtype), backend="triton")
+    want = slimkern.ops.encoder_layer(x, packed, keep)
+    got = slimkern.ops.encoder_layer(x, packed, added[:, 0, 0])
+    assert torch.equal(got, want)
+    assert got[0, :4].all()
+    assert not got[0, 4:].any()
+    assert not got[2].any()
 
 
 class GatedFfn(nn.Module):
