@@ -138,6 +138,24 @@ def test_a_gated_ffn(device):
 
 
 @everywhere
+def test_a_changed_parameter_is_packed_again(device):
+    plain = nn.Sequential(tiny_models.randomize(GatedFfn()), nn.Tanh())
+    fused, x = fused_copy(plain, device), torch.randn(3, 33, device=device)
+    other = copy.deepcopy(fused)
+    with torch.no_grad():
+        first = fused(x)
+        assert torch.equal(other(x), first)  # a copy packs on its first call
+        fused[0].down.weight.mul_(1.5)
+        fused[0].norm.weight.mul_(0.5)
+        changed = fused(x)
+        assert not torch.equal(changed, first)
+        assert torch.equal(changed, slimkern.fuse_(copy.deepcopy(fused))(x))
+        state = {name: value.clone() for name, value in other.state_dict().items()}
+        fused.load_state_dict(state)
+        assert torch.equal(fused(x), first)
+
+
+@everywhere
 def test_an_index_that_is_no_row_gives_nan(device):
     words, places = torch.randn(7, 9, device=device), torch.randn(5, 9, device=device)
     norm = slimkern.ops.NormWeights(torch.ones(9, device=device), torch.zeros(9, device=device))
