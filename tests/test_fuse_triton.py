@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from slimkern import ops
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from triton_cases import DEVICES, DTYPE_IDS, DTYPES, skip_interpreted_bf16
+from triton_cases import DEVICES, DTYPE_IDS, DTYPES, moved, skip_interpreted_bf16
 
-from slimkern.ops import _device_pack, _packed
+from slimkern.ops import _device_blocks
 from slimkern.ops._row_norm import row_norm
 
 PACK = {
@@ -58,16 +58,6 @@ def poisoned(monkeypatch):
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", nan_empty)
-
-
-def moved(weights, device):
-    """The same description with every tensor on a device."""
-    if isinstance(weights, torch.Tensor):
-        return weights.to(device)
-    if not hasattr(weights, "__dataclass_fields__"):
-        return weights
-    fields = weights.__dataclass_fields__
-    return replace(weights, **{name: moved(getattr(weights, name), device) for name in fields})
 
 
 def masks(shape):
@@ -128,7 +118,6 @@ def test_a_bias_per_head_with_every_mask(form, device, poisoned):
 def test_float32_computed_with_narrower_products(kind, math, device, poisoned):
     if device == "cpu" and math == "tf32":
         math = "fp32"  # which is what the interpreter makes of it
-    skip_interpreted_bf16(torch.bfloat16 if math == "bf16" else torch.float32, device)
     if math == "tf32":
         weights, x = make_weights(kind, SHAPES[0]), make_x(SHAPES[0], torch.float32)
         packed = PACK[kind](moved(cast(weights, torch.float32), device), math=math)
@@ -139,6 +128,53 @@ def test_float32_computed_with_narrower_products(kind, math, device, poisoned):
         assert 2.0**-20 < error < 2.0**-9
         return
     check(kind, SHAPES[0], torch.float32, device, math=math, mask=None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("by_torch", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_plain_projection_by_either_library(bias, by_torch, device, monkeypatch):
+    monkeypatch.setattr(_device_blocks, "_by_torch", lambda *operands: by_torch)
+    shape = replace(SHAPES[0], bias=bias)
+    check("attention_block", shape, torch.float16, device, mask=masks(shape)[2])
+
+
+def test_which_projections_are_the_librarys():
+    """Halves on a GPU, with a bias of their own type."""
+    cases = [
+        (True, torch.bfloat16, torch.bfloat16, True),
+        (True, torch.float16, None, True),
+        (True, torch.bfloat16, torch.float32, False),
+        (True, torch.float32, torch.float32, False),
+        (False, torch.float16, torch.float16, False),
+    ]
+    for on_gpu, dtype, bias, want in cases:
+        x = SimpleNamespace(is_cuda=on_gpu, dtype=dtype)
+        b = None if bias is None else SimpleNamespace(dtype=bias)
+        assert _device_blocks._by_torch(x, SimpleNamespace(dtype=dtype), b) == want
+
+
+class Model(torch.nn.Module):
+    def __init__(self, kind, shape, device):
+        super().__init__()
+        weights = moved(make_weights(kind, shape), device, torch.float32)
+        self.kind, self.packed = kind, PACK[kind](weights, backend="triton")
+
+    def forward(self, x, *masks):
+        return CALL[self.kind](x * 1.5, self.packed, *masks) + 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", CALL)
+def test_torch_compile_passes_over_the_ops(kind, device):
+    shape = Shape(2, 5, hidden=9, head_dim=4, channels=6)
+    model, x = Model(kind, shape, device), make_x(shape, torch.float32).to(device)
+    given = (torch.tensor([3, 5], device=device),) if kind in LAYERS else ()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        want = model(x, *given)
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(x, *given)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -177,29 +213,6 @@ def test_rows_behind_the_last_key_are_zeros(tokens, device, poisoned):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_pack_is_laid_out_for_wide_loads(device):
-    shape = Shape(1, 2, channels=70, head_dim=9)
-    weights = moved(make_weights("encoder_layer", shape), device)
-    packed = ops.pack_encoder_layer(cast(weights, torch.float16), backend="triton")
-    assert (packed.backend, packed.math, packed.kind) == ("triton", "fp16", "encoder_layer")
-    assert packed.nbytes == packed.data.numel()
-    spec = _device_pack.read_spec(packed.spec)
-    parts = dict(zip(spec.names, packed.parts))
-    assert parts["gate.weight"].shape == (128, 63)
-    assert parts["down.weight"].shape == (63, 128)
-    assert parts["qkv.weight"].shape == (128, 63)
-    assert not parts["gate.weight"][70:].any()
-    assert not parts["down.weight"][:, 70:].any()
-    assert not parts["gate.bias"][70:].any()
-    for part in packed.parts:
-        assert (part.data_ptr() - packed.data.data_ptr()) % 256 == 0
-        assert part.dim() == 1 or part.stride(0) * part.element_size() % 16 == 0
-    other = copy.deepcopy(packed)
-    x = make_x(shape, torch.float16).to(device)
-    assert torch.equal(ops.encoder_layer(x, packed), ops.encoder_layer(x, other))
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", CALL)
 def test_opcheck(kind, device):
     shape = Shape(2, 5, hidden=9, head_dim=4, channels=6)
@@ -218,43 +231,3 @@ def test_opcheck(kind, device):
         op = getattr(torch.ops.slimkern, name).default
         checked = torch.library.opcheck(op, (*call, "triton"))
         assert set(checked.values()) == {"SUCCESS"}, checked
-
-
-def test_what_does_not_fit_is_refused():
-    shape = Shape(2, 5, hidden=9, head_dim=4, channels=6)
-    weights = cast(make_weights("encoder_layer", shape), torch.float32)
-    x = make_x(shape, torch.float32)
-    packed = ops.pack_encoder_layer(weights, backend="triton")
-    for mask, error, message in (
-        (torch.ones(2, 4).bool(), ValueError, r"accepted: \[2, 5\]"),
-        (torch.ones(3, dtype=torch.int64), ValueError, r"accepted: \[2\]"),
-        (torch.ones(2, 5).int(), TypeError, "accepted: torch.int64"),
-    ):
-        with pytest.raises(error, match=message):
-            ops.encoder_layer(x, packed, mask)
-    for bias, error, message in (
-        (torch.ones(3, 5, 4), ValueError, "head_bias has shape"),
-        (torch.ones(2, 5, 5), ValueError, "head_bias is of 2 heads; accepted: 3"),
-        (torch.ones(3, 5, 5).long(), TypeError, "head_bias has dtype"),
-    ):
-        with pytest.raises(error, match=message):
-            ops.encoder_layer(x, packed, None, bias)
-    with pytest.raises(TypeError, match=r"x has dtype torch\.float64"):
-        ops.encoder_layer(x.double(), packed)
-    with pytest.raises(ValueError, match="packed is for the CPU"):
-        ops.encoder_layer(x, replace(packed, spec=""))
-    with pytest.raises(ValueError, match=r"math is 'bf16x3'; accepted for torch\.float32"):
-        ops.pack_encoder_layer(weights, backend="triton", math="bf16x3")
-    with pytest.raises(TypeError, match=r"weights have dtype torch\.float64; accepted"):
-        ops.pack_ffn(cast(weights.ffn, torch.float64), backend="triton")
-    fc2 = replace(weights.ffn.fc2, weight=torch.zeros(9, 7))
-    with pytest.raises(
-        ValueError, match=r"down has a weight of shape \(9, 7\); accepted: \[9, 6\]"
-    ):
-        ops.pack_ffn(replace(weights.ffn, fc2=fc2), backend="triton")
-
-
-def test_backends_of_packs():
-    assert _packed.PACKED_BACKENDS.choose(None, torch.device("cuda")) == "triton"
-    with pytest.raises(ValueError, match="linear is on meta; accepted: cpu, cuda"):
-        ops.pack_linear(torch.zeros(3, 4, device="meta"))

@@ -8,16 +8,18 @@ import pytest
 import tiny_models
 import torch
 from fuse_cases import FAMILIES, inputs, layer_of, tiny
+from fused_cases import Shape, make_weights
 from torch import nn
 
 import slimkern
 from slimkern import accuracy
 from slimkern.nn import FusedModule
+from slimkern.nn.fused_text import added_to_scores
 
 pytest.importorskip("transformers")
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
-from triton_cases import DEVICES, GPU, INTERPRETED
+from triton_cases import DEVICES, GPU, INTERPRETED, moved
 
 from slimkern.ops._packed import PACKED_BACKENDS
 from slimkern.ops.embeddings.api import BACKENDS as EMBEDDINGS
@@ -87,6 +89,26 @@ def test_a_fused_model_computes_what_the_plain_one_does(family, device):
     assert y[kept].all()
 
 
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layers_take_the_mask_that_a_stack_makes_on_a_gpu(dtype, device):
+    """A bool mask and what is added to the scores instead are the same to a layer."""
+    keep = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]).bool().to(device)
+    x = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    added = added_to_scores(keep[:, None, None, :], x)
+    assert added.shape == (3, 1, 1, 5)
+    assert added.dtype == dtype
+    assert added.stride(0) * added.element_size() % 16 == 0
+    weights = make_weights("encoder_layer", Shape(3, 5, hidden=9, head_dim=4, channels=6))
+    packed = slimkern.ops.pack_encoder_layer(moved(weights, device, dtype), backend="triton")
+    want = slimkern.ops.encoder_layer(x, packed, keep)
+    got = slimkern.ops.encoder_layer(x, packed, added[:, 0, 0])
+    assert torch.equal(got, want)
+    assert got[0, :4].all()
+    assert not got[0, 4:].any()
+    assert not got[2].any()
+
+
 class GatedFfn(nn.Module):
     def __init__(self, hidden=33, channels=70):
         super().__init__()
@@ -113,6 +135,24 @@ def test_a_gated_ffn(device):
     assert accuracy.relative_error(got, want) <= bound
     slimkern.unfuse_(fused)
     assert not any(isinstance(m, FusedModule) for m in fused.modules())
+
+
+@everywhere
+def test_a_changed_parameter_is_packed_again(device):
+    plain = nn.Sequential(tiny_models.randomize(GatedFfn()), nn.Tanh())
+    fused, x = fused_copy(plain, device), torch.randn(3, 33, device=device)
+    other = copy.deepcopy(fused)
+    with torch.no_grad():
+        first = fused(x)
+        assert torch.equal(other(x), first)  # a copy packs on its first call
+        fused[0].down.weight.mul_(1.5)
+        fused[0].norm.weight.mul_(0.5)
+        changed = fused(x)
+        assert not torch.equal(changed, first)
+        assert torch.equal(changed, slimkern.fuse_(copy.deepcopy(fused))(x))
+        state = {name: value.clone() for name, value in other.state_dict().items()}
+        fused.load_state_dict(state)
+        assert torch.equal(fused(x), first)
 
 
 @everywhere

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
 import pytest
 import torch
 from op_cases import ROUNDOFF
@@ -57,3 +60,13 @@ def assert_sum_of_products(
     bound = (eager.double() - want).abs().max() + terms * 2.0**-24 * magnitude + rounding
     worst = (error - bound).max().item()
     assert worst <= 0, f"error {error.max():.3e} exceeds its bound by {worst:.3e}"
+
+
+def moved(weights: Any, device: str, dtype: torch.dtype | None = None) -> Any:
+    """A description of weights with every tensor on a device, and of a dtype if one is given."""
+    if isinstance(weights, Tensor):
+        return weights.to(device, dtype)
+    if not is_dataclass(weights) or isinstance(weights, type):
+        return weights
+    values = {f.name: moved(getattr(weights, f.name), device, dtype) for f in fields(weights)}
+    return replace(weights, **values)

@@ -112,6 +112,14 @@ class DistilBertEmbeddings(_Embeddings):
         return self._embed(input_ids, position_ids, None, None)
 
 
+def added_to_scores(keys: Tensor, x: Tensor) -> Tensor:
+    """Which keys count, [..., T], as what is added to their scores in the dtype of x; rows begin at
+    multiples of 16 bytes."""
+    T = keys.shape[-1]
+    added = x.new_zeros(*keys.shape[:-1], -(-T // 8) * 8)[..., :T]
+    return added.masked_fill_(keys.logical_not(), torch.finfo(x.dtype).min)
+
+
 class _Stack(FusedModule):
     """Hands a mask to many layers: brought into the form that they take once for all of them.
 
@@ -128,11 +136,7 @@ class _Stack(FusedModule):
         if mask is None:
             return None
         keys = keys_of(mask)
-        if keys.is_cpu or keys.dtype != torch.bool:
-            return keys
-        T = keys.shape[-1]
-        added = x.new_zeros(*keys.shape[:-1], -(-T // 8) * 8)[..., :T]
-        return added.masked_fill_(keys.logical_not(), torch.finfo(x.dtype).min)
+        return keys if keys.is_cpu or keys.dtype != torch.bool else added_to_scores(keys, x)
 
 
 class BertStack(_Stack):

@@ -188,8 +188,12 @@ def _context(
     weight = block.get("qkv.weight")
     assert weight is not None
     d, heads, kv_heads = spec.head_dim, spec.heads, spec.kv_heads
-    qkv = torch.empty((B * T, weight.shape[0]), dtype=spec.dtype, device=x.device)
-    block.linear("qkv", x, qkv)
+    bias = block.get("qkv.bias")
+    if _by_torch(x, weight, bias):
+        qkv = F.linear(x, weight, bias)
+    else:
+        qkv = torch.empty((B * T, weight.shape[0]), dtype=spec.dtype, device=x.device)
+        block.linear("qkv", x, qkv)
     strides = (T * qkv.stride(0), d, qkv.stride(0), 1)
     q, k, v = (
         qkv.as_strided((B, n, T, d), strides, first * d)
@@ -203,6 +207,17 @@ def _context(
     if unseen is not None:
         context = context.masked_fill(unseen, 0.0)
     return context.transpose(1, 2).reshape(B * T, heads * d)
+
+
+def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product that nothing but a bias follows is left to PyTorch's library.
+
+    On an H100, 4096 x 768 -> 640 in bfloat16 took cuBLAS 13.0 us and a Triton kernel 18.7 us; the
+    packs' widths are multiples of 64, at which it does not lose what it loses at odd ones. Not
+    float32, whose precision the library takes from a setting of now and a pack from its own.
+    """
+    halves = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return halves and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
 
 
 def _scores_mask(

@@ -2,7 +2,10 @@
 
     y = norm(x), zeros behind the last key that the sequence's mask keeps
 
-A program has whole rows in registers: one read, one or two writes.
+A program has whole rows in registers: one read, one or two writes. It is no epilogue of the product
+before it: a tile of whole rows leaves half of a large GPU without work at 4096 rows (64 tiles of 64
+rows for 132 multiprocessors), reads all of the weight in every program, and rounds 384 columns up
+to 512, which by count is more than a pass over rows that are still in the L2 cache.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkern.ops._tile import bucket, offsets
+from slimkern.ops._tile import bucket, offsets, on_device
 
 # What a mask may be: none, how many keys of each sequence are kept, which, what is added to scores.
 _NONE, _LENGTHS, _KEEP, _ADDED = range(4)
@@ -137,7 +140,7 @@ def row_norm(
     code, least, strides = _mask_of(mask)
     block_h = bucket(H)
     block_m = max(min(_ELEMENTS // block_h, 8), 1)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _row_norm_kernel[(triton.cdiv(M, block_m),)](
             x, weight, bias, mask, y, low,
             M, H, tokens, eps, least,

@@ -37,7 +37,8 @@ def attention_block(
         x: [B, T, hidden], float32 or bfloat16, on a GPU also float16; any strides.
         packed: what `slimkern.ops.pack_attention_block` returned.
         mask: which keys count. int64 [B]: the first so many of each sequence. bool [B, T]: where
-            True. Floating [B, T]: added to the scores; a value of -1e30 or less removes the key.
+            True. Floating [B, T]: added to the scores; a value of -1e30 or less, or float16's
+            least, removes the key.
         head_bias: floating [heads, T, T], added to the scores of every sequence; or None.
 
     Returns:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkern.ops._tile import bucket, check_dtype, offsets
+from slimkern.ops._tile import bucket, check_dtype, offsets, on_device
 
 _ELEMENTS = 2048  # of rows in one program
 
@@ -100,7 +100,7 @@ def embeddings(
     gamma, beta = gamma.contiguous(), beta.contiguous()
     block_h = bucket(H)
     block_m = max(min(_ELEMENTS // block_h, 8), 1)
-    with torch.cuda.device_of(words):
+    with on_device(words):
         _embeddings_kernel[(triton.cdiv(B * T, block_m),)](
             ids, words, types, type_ids, positions, position_ids, gamma, beta, y,
             B * T, T, H,
