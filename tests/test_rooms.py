@@ -161,7 +161,7 @@ ROOMS: list[tuple[str, set[str]]] = [
         "ops/_device_pack.py",
         {"torch", *(f"slimkern.ops.{m}" for m in ("_math", "_native", "_packed", "_weights"))},
     ),
-    ("ops/_row_norm.py", {"torch", "triton", "slimkern.ops._tile"}),
+    ("ops/_row_norm.py", {"torch", "triton", "slimkern.ops._launch", "slimkern.ops._tile"}),
     (
         "ops/_device_blocks.py",
         {
