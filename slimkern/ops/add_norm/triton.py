@@ -122,11 +122,15 @@ def _add_norm_grad_kernel(
     tl.store(base + 2 * N, tl.sum(total, axis=0), mask=mask_n)
 
 
-def _tile(N: int) -> Tile:
-    """Rows of ``N`` entries: as many at a time as the registers hold."""
+def _tile(N: int, each: int) -> Tile:
+    """Rows of ``N`` entries, as many at a time as leave ``each`` of them to a thread.
+
+    So few that the registers let two programs share a multiprocessor: one computes while the other
+    waits for memory.
+    """
     width = max(bucket(N), 16)
-    rows = max(4096 // width, 1)
-    warps = min(max(width * rows // 512, 4), 16)
+    rows = max(256 * each // width, 1)
+    warps = min(max(width * rows // (32 * each), 4), 16)
     return Tile(min(rows, 16), width, 1, warps=warps, stages=2)
 
 
@@ -160,7 +164,7 @@ def add_norm_fwd(
     stats = torch.empty((M, 3), dtype=torch.float32, device=x.device)
     if M == 0 or N == 0:
         return y, s, stats.zero_()
-    tile, (threshold, scale) = _tile(N), _drop(seed, p)
+    tile, (threshold, scale) = _tile(N, 16), _drop(seed, p)
     with on_device(x):
         _add_norm_fwd_kernel[(triton.cdiv(M, tile.a),)](
             x, residual, gamma.contiguous(), beta.contiguous(), seed, y, s, stats,
@@ -195,7 +199,7 @@ def add_norm_grad(
     dx = torch.empty((M, N) if apart else (0,), dtype=kind, device=s.device)
     if M == 0 or N == 0:
         return ds, dx, torch.zeros((3, N), dtype=torch.float32, device=s.device)
-    tile, (threshold, scale) = _tile(N), _drop(seed, p)
+    tile, (threshold, scale) = _tile(N, 8), _drop(seed, p)
     slices, chunk = row_slices(2, M, tile.a)
     part = torch.empty((slices, 3, N), dtype=torch.float32, device=s.device)
     with on_device(s):
