@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimkern.ops._launch import launch
 from slimkern.ops._rows import drop_threshold, kept_by_seed, row_slices, unit_rows
 from slimkern.ops._tile import (
     Tile,
@@ -24,7 +25,6 @@ from slimkern.ops._tile import (
     launch_options,
     load_tile,
     offsets,
-    on_device,
     store_tile,
     with_alignment,
 )
@@ -165,14 +165,13 @@ def add_norm_fwd(
     if M == 0 or N == 0:
         return y, s, stats.zero_()
     tile, (threshold, scale) = _tile(N, 16), _drop(seed, p)
-    with on_device(x):
-        _add_norm_fwd_kernel[(triton.cdiv(M, tile.a),)](
-            x, residual, gamma.contiguous(), beta.contiguous(), seed, y, s, stats,
-            M, N, eps, threshold, scale, x.stride(0), residual.stride(0),
-            DROPS=seed is not None, ALIGN=alignment(N, x.stride(0), residual.stride(0)),
-            ROWS=tile.a, BLOCK_N=tile.b,
-            **launch_options(tile),
-        )  # fmt: skip
+    launch(_add_norm_fwd_kernel, (triton.cdiv(M, tile.a),), x)(
+        x, residual, gamma.contiguous(), beta.contiguous(), seed, y, s, stats,
+        M, N, eps, threshold, scale, x.stride(0), residual.stride(0),
+        DROPS=seed is not None, ALIGN=alignment(N, x.stride(0), residual.stride(0)),
+        ROWS=tile.a, BLOCK_N=tile.b,
+        **launch_options(tile),
+    )  # fmt: skip
     return y, s, stats
 
 
@@ -202,12 +201,11 @@ def add_norm_grad(
     tile, (threshold, scale) = _tile(N, 8), _drop(seed, p)
     slices, chunk = row_slices(2, M, tile.a)
     part = torch.empty((slices, 3, N), dtype=torch.float32, device=s.device)
-    with on_device(s):
-        _add_norm_grad_kernel[(slices,)](
-            grad, s, stats.contiguous(), gamma.contiguous(), seed, ds, dx, part,
-            M, N, chunk, threshold, scale, grad.stride(0), s.stride(0),
-            DROPS=seed is not None, APART=apart, ALIGN=alignment(N, grad.stride(0), s.stride(0)),
-            ROWS=tile.a, BLOCK_N=tile.b,
-            **launch_options(tile),
-        )  # fmt: skip
+    launch(_add_norm_grad_kernel, (slices,), s)(
+        grad, s, stats.contiguous(), gamma.contiguous(), seed, ds, dx, part,
+        M, N, chunk, threshold, scale, grad.stride(0), s.stride(0),
+        DROPS=seed is not None, APART=apart, ALIGN=alignment(N, grad.stride(0), s.stride(0)),
+        ROWS=tile.a, BLOCK_N=tile.b,
+        **launch_options(tile),
+    )  # fmt: skip
     return ds, dx, part.sum(0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimkern.ops._gemm import product, product_dw, scatter_sum
 from slimkern.ops._kept_kernels import _joined_heads_kernel, _kept_weights_kernel
+from slimkern.ops._launch import launch
 from slimkern.ops._rows import row_slices
 from slimkern.ops._tile import (
     ON_AMD,
@@ -22,7 +23,6 @@ from slimkern.ops._tile import (
     check_dtype,
     contiguous,
     launch_options,
-    on_device,
 )
 from slimkern.ops.activation.triton import activation_fwd
 
@@ -69,15 +69,14 @@ def kept_weights(
     present = sum(1 << i for i, b in enumerate(biases) if b is not None)
     biases = [contiguous(b) for b in biases]
     grid = (triton.cdiv(R_out, _COPY.a), triton.cdiv(max(C_out, 1), _COPY.b))
-    with on_device(out):
-        _kept_weights_kernel[grid](
-            *(weights[i] for i in first), *(biases[i] for i in first), *(rows[i] for i in first),
-            cols, out, shift,
-            R, C, R_out, C_out, *(s for i in first for s in weights[i].stride()),
-            PARTS=len(weights), HAS_ROWS=indexed, HAS_COLS=cols is not None, BIASES=present,
-            BLOCK_R=_COPY.a, BLOCK_C=_COPY.b,
-            **launch_options(_COPY),
-        )  # fmt: skip
+    launch(_kept_weights_kernel, grid, out)(
+        *(weights[i] for i in first), *(biases[i] for i in first), *(rows[i] for i in first),
+        cols, out, shift,
+        R, C, R_out, C_out, *(s for i in first for s in weights[i].stride()),
+        PARTS=len(weights), HAS_ROWS=indexed, HAS_COLS=cols is not None, BIASES=present,
+        BLOCK_R=_COPY.a, BLOCK_C=_COPY.b,
+        **launch_options(_COPY),
+    )  # fmt: skip
     return out, shift
 
 
@@ -185,11 +184,10 @@ def joined_heads(grads: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tenso
     columns = triton.cdiv(H * d, tile.b)
     slices, chunk = row_slices(3 * columns, M, tile.a)
     part = torch.empty((slices, width), dtype=torch.float32, device=q.device)
-    with on_device(q):
-        _joined_heads_kernel[(columns, slices, 3)](
-            q, k, v, out, part,
-            M, T, H, d, chunk, *q.stride(), *k.stride(), *v.stride(),
-            BLOCK_M=tile.a, BLOCK_N=tile.b,
-            **launch_options(tile),
-        )  # fmt: skip
+    launch(_joined_heads_kernel, (columns, slices, 3), q)(
+        q, k, v, out, part,
+        M, T, H, d, chunk, *q.stride(), *k.stride(), *v.stride(),
+        BLOCK_M=tile.a, BLOCK_N=tile.b,
+        **launch_options(tile),
+    )  # fmt: skip
     return out, part.sum(0)
