@@ -131,6 +131,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_tune.py", {"torch", "triton", "slimkern.ops._tile"}),
     ("ops/_gemm", {"torch", *DEVICE_CODE, "slimkern.ops._launch", "slimkern.ops._tune"}),
     ("ops/_rows.py", {"torch", "triton"}),
+    ("ops/_kept_kernels.py", {"triton", "slimkern.ops._tile"}),
     ("ops/_drop.py", {"torch", "slimkern.ops._native"}),
     ("ops/_weights.py", {"torch"}),
     ("ops/_block_mask.py", {"torch"}),
@@ -161,7 +162,7 @@ ROOMS: list[tuple[str, set[str]]] = [
         "ops/_device_pack.py",
         {"torch", *(f"slimkern.ops.{m}" for m in ("_math", "_native", "_packed", "_weights"))},
     ),
-    ("ops/_row_norm.py", {"torch", "triton", "slimkern.ops._tile"}),
+    ("ops/_row_norm.py", {"torch", "triton", "slimkern.ops._launch", "slimkern.ops._tile"}),
     (
         "ops/_device_blocks.py",
         {
@@ -200,6 +201,11 @@ ROOMS: list[tuple[str, set[str]]] = [
             "torch",
             *(f"slimkern.ops.{m}" for m in ("_block_mask", "_drop", "_fused", "_native", "_plain")),
         },
+    ),
+    (
+        "ops/kept_linear/triton.py",
+        {"torch", "triton", "slimkern.ops.activation.triton"}
+        | {f"slimkern.ops.{m}" for m in (*_GPU, "_kept_kernels")},
     ),
     (
         "ops/*/triton.py",

@@ -10,6 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
+import triton
+import triton.language as tl
 from triton_cases import DEVICES, DTYPE_IDS, DTYPES
 from triton_cases import skip_interpreted_bf16 as skip_truncation
 
@@ -164,6 +166,24 @@ def test_what_is_dropped_is_what_the_reference_drops(p, dtype, device, poisoned)
         turned = dropout_kernel.seeded_dropout(x.transpose(0, 2), seed, p)
         assert torch.equal(turned, dropout_reference.seeded_dropout(x.transpose(0, 2), seed, p))
     assert dropout_kernel.seeded_dropout(x[:0], seed, p).shape == (0, 1, 113)
+
+
+@triton.jit
+def _choices_kernel(out_ptr, first, seed, threshold, BLOCK: tl.constexpr):
+    number = first + tl.arange(0, BLOCK).to(tl.int64)
+    tl.store(out_ptr + tl.arange(0, BLOCK), _rows.kept_by_seed(number, seed, threshold))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("first", [0, 2**31 - 40, 2**32 - 40, 5 * 2**32 + 7])
+def test_choices_beyond_32_bits(first, device):
+    got = torch.empty(128, dtype=torch.bool, device=device)
+    seed = -(2**40) + 11
+    _choices_kernel[(1,)](got, first, seed, 2**31, BLOCK=128)
+    number, word = first + torch.arange(128, device=device), 0xFFFFFFFF
+    page = ((number >> 32) * 0x9E3779B9 + (seed >> 32)) & word
+    mixed = dropout_reference._mixed
+    assert torch.equal(got, mixed(mixed((number + seed) & word) ^ page) >= 2**31)
 
 
 @pytest.mark.gpu

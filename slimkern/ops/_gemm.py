@@ -204,7 +204,8 @@ def _run_gated(
     }
     by_descriptor = K > 0 and has_descriptors(x) and all(map(describable, (x, gate, up)))
     stores = describable(y)
-    align = alignment(N, x.stride(0), gate.stride(0), up.stride(0), y.stride(0))
+    between_rows = (max(gate.stride()), max(up.stride()))  # a transposed weight's are its second
+    align = alignment(N, x.stride(0), *between_rows, y.stride(0))
     # There are two tiles of sums: the largest configurations would spill.
     tiles = DESCRIPTOR_TILES[1:] if by_descriptor else tiles_for(x, align)[1:]
 

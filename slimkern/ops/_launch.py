@@ -27,13 +27,15 @@ def _kind(argument: Any) -> Any:
         return tuple(map(_kind, argument))
     if argument is None or isinstance(argument, int):
         return argument
+    if isinstance(argument, float):
+        return float  # any value: float32 in every variant
     return argument.base.dtype, *argument.block_shape  # a tensor descriptor
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor) -> Callable[..., None]:
     """``kernel[grid]`` on the GPU of ``on``: call it with the kernel's arguments.
 
-    Tensors, descriptors, integers, None and tuples of them go by position; compile-time constants
+    Tensors, descriptors, numbers, None and tuples of them go by position; compile-time constants
     and Triton's own options by name.
 
     Args:

@@ -113,9 +113,9 @@ class Linear:
 class CompactLinear(Linear):
     """The copy of the kept part, made once a step and kept for the backward.
 
-    Copies of all layers take at most as much memory as the kept weights do in the products' dtype,
-    a sixteenth to an eighth of what weights, gradients and AdamW's moments take under autocast; in
-    return, the backward does not gather again.
+    All copies together take the kept weights' memory in the products' dtype: at most an eighth of
+    what weights, gradients and AdamW's moments take under autocast, a quarter without. In return,
+    the backward does not gather again.
     """
 
     def forward(self, x: Tensor) -> Tensor:

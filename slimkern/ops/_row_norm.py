@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkern.ops._tile import bucket, offsets, on_device
+from slimkern.ops._launch import launch
+from slimkern.ops._tile import bucket, offsets
 
 # What a mask may be: none, how many keys of each sequence are kept, which, what is added to scores.
 _NONE, _LENGTHS, _KEEP, _ADDED = range(4)
@@ -32,17 +33,17 @@ def removed(dtype: torch.dtype) -> float:
 
 
 @triton.jit
-def _kept(mask, MASK: tl.constexpr, threshold):
+def _kept(mask, THRESHOLD: tl.constexpr, MASK: tl.constexpr):
     """1 where a key counts."""
     if MASK == 3:
-        return (mask.to(tl.float32) > threshold).to(tl.int32)
+        return (mask.to(tl.float32) > THRESHOLD).to(tl.int32)
     return (mask != 0).to(tl.int32)
 
 
 @triton.jit
 def _rows_that_count(
-    mask_ptr, rows, mask_m, T, threshold, stride_b, stride_t,
-    MASK: tl.constexpr, BLOCK_T: tl.constexpr,
+    mask_ptr, rows, mask_m, T, stride_b, stride_t,
+    THRESHOLD: tl.constexpr, MASK: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """1 for each row at or before the last key that its sequence keeps."""
     b, t = rows // T, rows % T
@@ -51,24 +52,25 @@ def _rows_that_count(
         counts = (t < length).to(tl.int32)
     else:
         own = tl.load(mask_ptr + b * stride_b + t * stride_t, mask=mask_m, other=0)
-        counts = _kept(own, MASK, threshold)
+        counts = _kept(own, THRESHOLD, MASK)
         # Most rows are kept themselves: only where one is not, those behind it are looked at.
         if tl.min(tl.where(mask_m, counts, 1), 0) == 0:
             keys = tl.arange(0, BLOCK_T).to(tl.int64)
             inside = mask_m[:, None] & (keys >= 0)[None, :] & (keys < T)[None, :]
             places = mask_ptr + (b * stride_b)[:, None] + (keys * stride_t)[None, :]
-            kept = _kept(tl.load(places, mask=inside, other=0), MASK, threshold)
+            kept = _kept(tl.load(places, mask=inside, other=0), THRESHOLD, MASK)
             behind = inside & (keys[None, :] >= t[:, None])
             counts = tl.max(tl.where(behind, kept, 0), 1)
     return counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _row_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, mask_ptr, y_ptr, low_ptr,
-    M, H, T, eps, threshold,
+    M, H, T,
     stride_xm, stride_ym, stride_lm, stride_b, stride_t,
-    KIND: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EPS: tl.constexpr, THRESHOLD: tl.constexpr, KIND: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     MASK: tl.constexpr, HAS_Y: tl.constexpr, HAS_LOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -82,14 +84,14 @@ def _row_norm_kernel(
     if KIND == "layer":
         y = tl.where(inside, y - (tl.sum(y, 1) / H)[:, None], 0.0)
     if KIND != "none":
-        y = y * tl.rsqrt(tl.sum(y * y, 1) / H + eps)[:, None]
+        y = y * tl.rsqrt(tl.sum(y * y, 1) / H + EPS)[:, None]
     if HAS_WEIGHT:
         y = y * tl.load(weight_ptr + columns, mask=mask_h, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         y = y + tl.load(bias_ptr + columns, mask=mask_h, other=0.0).to(tl.float32)[None, :]
     if MASK:
         counts = _rows_that_count(
-            mask_ptr, rows, mask_m, T, threshold, stride_b, stride_t, MASK, BLOCK_T
+            mask_ptr, rows, mask_m, T, stride_b, stride_t, THRESHOLD, MASK, BLOCK_T
         )
         y = tl.where((counts != 0)[:, None], y, 0.0)
     if HAS_Y:
@@ -140,14 +142,14 @@ def row_norm(
     code, least, strides = _mask_of(mask)
     block_h = bucket(H)
     block_m = max(min(_ELEMENTS // block_h, 8), 1)
-    with on_device(x):
-        _row_norm_kernel[(triton.cdiv(M, block_m),)](
-            x, weight, bias, mask, y, low,
-            M, H, tokens, eps, least,
-            x.stride(0), 0 if y is None else y.stride(0), 0 if low is None else low.stride(0),
-            *strides,
-            KIND=kind, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-            MASK=code, HAS_Y=y is not None, HAS_LOW=low is not None,
-            BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_T=bucket(tokens) if code > 1 else 1,
-            num_warps=4 if block_h <= 4096 else 8,
-        )  # fmt: skip
+    launch(_row_norm_kernel, (triton.cdiv(M, block_m),), x)(
+        x, weight, bias, mask, y, low,
+        M, H, tokens,
+        x.stride(0), 0 if y is None else y.stride(0), 0 if low is None else low.stride(0),
+        *strides,
+        EPS=eps, THRESHOLD=least, KIND=kind,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        MASK=code, HAS_Y=y is not None, HAS_LOW=low is not None,
+        BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_T=bucket(tokens) if code > 1 else 1,
+        num_warps=4 if block_h <= 4096 else 8,
+    )  # fmt: skip

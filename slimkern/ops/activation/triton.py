@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkern.ops._activations import activation_slope, activation_value
+from slimkern.ops._launch import launch
 from slimkern.ops._rows import row_slices, unit_rows
 from slimkern.ops._tile import (
     Tile,
@@ -24,7 +25,6 @@ from slimkern.ops._tile import (
     launch_options,
     load_tile,
     offsets,
-    on_device,
     store_tile,
     with_alignment,
 )
@@ -100,13 +100,12 @@ def activation_fwd(x: Tensor, activation: str) -> Tensor:
     if y.numel() == 0:
         return y
     tile = _narrowed(N)
-    with on_device(x):
-        _activation_fwd_kernel[(triton.cdiv(M, tile.a), triton.cdiv(N, tile.b))](
-            x, y,
-            M, N, x.stride(0), N,
-            NAME=activation, ALIGN=alignment(N, x.stride(0)), BLOCK_M=tile.a, BLOCK_N=tile.b,
-            **launch_options(tile),
-        )  # fmt: skip
+    launch(_activation_fwd_kernel, (triton.cdiv(M, tile.a), triton.cdiv(N, tile.b)), x)(
+        x, y,
+        M, N, x.stride(0), N,
+        NAME=activation, ALIGN=alignment(N, x.stride(0)), BLOCK_M=tile.a, BLOCK_N=tile.b,
+        **launch_options(tile),
+    )  # fmt: skip
     return y
 
 
@@ -127,12 +126,11 @@ def activation_grad(grad: Tensor, x: Tensor, activation: str) -> tuple[Tensor, T
     blocks = triton.cdiv(N, tile.b)
     slices, chunk = row_slices(blocks, M, tile.a)
     part = torch.empty((slices, N), dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _activation_grad_kernel[(blocks, slices)](
-            grad, x, dx, value, part,
-            M, N, chunk, grad.stride(0), x.stride(0), N,
-            NAME=activation, ALIGN=alignment(N, grad.stride(0), x.stride(0)),
-            BLOCK_M=tile.a, BLOCK_N=tile.b,
-            **launch_options(tile),
-        )  # fmt: skip
+    launch(_activation_grad_kernel, (blocks, slices), x)(
+        grad, x, dx, value, part,
+        M, N, chunk, grad.stride(0), x.stride(0), N,
+        NAME=activation, ALIGN=alignment(N, grad.stride(0), x.stride(0)),
+        BLOCK_M=tile.a, BLOCK_N=tile.b,
+        **launch_options(tile),
+    )  # fmt: skip
     return dx, value, part.sum(0)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimkern.ops._launch import launch
 from slimkern.ops._rows import drop_threshold, kept_by_seed, row_slices, unit_rows
 from slimkern.ops._tile import (
     Tile,
@@ -24,7 +25,6 @@ from slimkern.ops._tile import (
     launch_options,
     load_tile,
     offsets,
-    on_device,
     store_tile,
     with_alignment,
 )
@@ -122,11 +122,15 @@ def _add_norm_grad_kernel(
     tl.store(base + 2 * N, tl.sum(total, axis=0), mask=mask_n)
 
 
-def _tile(N: int) -> Tile:
-    """Rows of ``N`` entries: as many at a time as the registers hold."""
+def _tile(N: int, each: int) -> Tile:
+    """Rows of ``N`` entries, as many at a time as leave ``each`` of them to a thread.
+
+    So few that the registers let two programs share a multiprocessor: one computes while the other
+    waits for memory.
+    """
     width = max(bucket(N), 16)
-    rows = max(4096 // width, 1)
-    warps = min(max(width * rows // 512, 4), 16)
+    rows = max(256 * each // width, 1)
+    warps = min(max(width * rows // (32 * each), 4), 16)
     return Tile(min(rows, 16), width, 1, warps=warps, stages=2)
 
 
@@ -160,15 +164,14 @@ def add_norm_fwd(
     stats = torch.empty((M, 3), dtype=torch.float32, device=x.device)
     if M == 0 or N == 0:
         return y, s, stats.zero_()
-    tile, (threshold, scale) = _tile(N), _drop(seed, p)
-    with on_device(x):
-        _add_norm_fwd_kernel[(triton.cdiv(M, tile.a),)](
-            x, residual, gamma.contiguous(), beta.contiguous(), seed, y, s, stats,
-            M, N, eps, threshold, scale, x.stride(0), residual.stride(0),
-            DROPS=seed is not None, ALIGN=alignment(N, x.stride(0), residual.stride(0)),
-            ROWS=tile.a, BLOCK_N=tile.b,
-            **launch_options(tile),
-        )  # fmt: skip
+    tile, (threshold, scale) = _tile(N, 16), _drop(seed, p)
+    launch(_add_norm_fwd_kernel, (triton.cdiv(M, tile.a),), x)(
+        x, residual, gamma.contiguous(), beta.contiguous(), seed, y, s, stats,
+        M, N, eps, threshold, scale, x.stride(0), residual.stride(0),
+        DROPS=seed is not None, ALIGN=alignment(N, x.stride(0), residual.stride(0)),
+        ROWS=tile.a, BLOCK_N=tile.b,
+        **launch_options(tile),
+    )  # fmt: skip
     return y, s, stats
 
 
@@ -195,15 +198,14 @@ def add_norm_grad(
     dx = torch.empty((M, N) if apart else (0,), dtype=kind, device=s.device)
     if M == 0 or N == 0:
         return ds, dx, torch.zeros((3, N), dtype=torch.float32, device=s.device)
-    tile, (threshold, scale) = _tile(N), _drop(seed, p)
+    tile, (threshold, scale) = _tile(N, 8), _drop(seed, p)
     slices, chunk = row_slices(2, M, tile.a)
     part = torch.empty((slices, 3, N), dtype=torch.float32, device=s.device)
-    with on_device(s):
-        _add_norm_grad_kernel[(slices,)](
-            grad, s, stats.contiguous(), gamma.contiguous(), seed, ds, dx, part,
-            M, N, chunk, threshold, scale, grad.stride(0), s.stride(0),
-            DROPS=seed is not None, APART=apart, ALIGN=alignment(N, grad.stride(0), s.stride(0)),
-            ROWS=tile.a, BLOCK_N=tile.b,
-            **launch_options(tile),
-        )  # fmt: skip
+    launch(_add_norm_grad_kernel, (slices,), s)(
+        grad, s, stats.contiguous(), gamma.contiguous(), seed, ds, dx, part,
+        M, N, chunk, threshold, scale, grad.stride(0), s.stride(0),
+        DROPS=seed is not None, APART=apart, ALIGN=alignment(N, grad.stride(0), s.stride(0)),
+        ROWS=tile.a, BLOCK_N=tile.b,
+        **launch_options(tile),
+    )  # fmt: skip
     return ds, dx, part.sum(0)

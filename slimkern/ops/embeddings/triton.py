@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkern.ops._tile import bucket, check_dtype, offsets, on_device
+from slimkern.ops._launch import launch
+from slimkern.ops._tile import bucket, check_dtype, offsets
 
 _ELEMENTS = 2048  # of rows in one program
 
@@ -34,13 +35,14 @@ def _gathered(
     return tl.where(known[:, None], found, float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def _embeddings_kernel(
     ids_ptr, words_ptr, types_ptr, type_ids_ptr, positions_ptr, position_ids_ptr,
     gamma_ptr, beta_ptr, y_ptr,
-    M, T, H, words_size, types_size, positions_size, eps,
+    M, T, H, words_size, types_size, positions_size,
     words_row, types_row, positions_row,
     ids_b, ids_t, type_ids_b, type_ids_t, position_ids_b, position_ids_t,
+    EPS: tl.constexpr,
     HAS_TYPES: tl.constexpr, HAS_TYPE_IDS: tl.constexpr, HAS_POSITION_IDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +67,7 @@ def _embeddings_kernel(
     y = tl.where(
         mask_h[None, :], y - (tl.sum(tl.where(mask_h[None, :], y, 0.0), 1) / H)[:, None], 0.0
     )
-    y = y * tl.rsqrt(tl.sum(y * y, 1) / H + eps)[:, None]
+    y = y * tl.rsqrt(tl.sum(y * y, 1) / H + EPS)[:, None]
     y = y * tl.load(gamma_ptr + columns, mask=mask_h, other=0.0).to(tl.float32)[None, :]
     y = y + tl.load(beta_ptr + columns, mask=mask_h, other=0.0).to(tl.float32)[None, :]
     inside = mask_m[:, None] & mask_h[None, :]
@@ -100,16 +102,15 @@ def embeddings(
     gamma, beta = gamma.contiguous(), beta.contiguous()
     block_h = bucket(H)
     block_m = max(min(_ELEMENTS // block_h, 8), 1)
-    with on_device(words):
-        _embeddings_kernel[(triton.cdiv(B * T, block_m),)](
-            ids, words, types, type_ids, positions, position_ids, gamma, beta, y,
-            B * T, T, H,
-            words.shape[0], 0 if types is None else types.shape[0], positions.shape[0], eps,
-            words.stride(0), 0 if types is None else types.stride(0), positions.stride(0),
-            *_steps(ids, B), *_steps(type_ids, B), *_steps(position_ids, B),
-            HAS_TYPES=types is not None, HAS_TYPE_IDS=type_ids is not None,
-            HAS_POSITION_IDS=position_ids is not None,
-            BLOCK_M=block_m, BLOCK_H=block_h,
-            num_warps=4 if block_h <= 4096 else 8,
-        )  # fmt: skip
+    launch(_embeddings_kernel, (triton.cdiv(B * T, block_m),), words)(
+        ids, words, types, type_ids, positions, position_ids, gamma, beta, y,
+        B * T, T, H,
+        words.shape[0], 0 if types is None else types.shape[0], positions.shape[0],
+        words.stride(0), 0 if types is None else types.stride(0), positions.stride(0),
+        *_steps(ids, B), *_steps(type_ids, B), *_steps(position_ids, B),
+        EPS=eps, HAS_TYPES=types is not None, HAS_TYPE_IDS=type_ids is not None,
+        HAS_POSITION_IDS=position_ids is not None,
+        BLOCK_M=block_m, BLOCK_H=block_h,
+        num_warps=4 if block_h <= 4096 else 8,
+    )  # fmt: skip
     return y

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slimkern.ops._launch import launch
 from slimkern.ops._rows import drop_threshold, kept_by_seed
-from slimkern.ops._tile import check_dtype, offsets, on_device
+from slimkern.ops._tile import check_dtype, offsets
 
 
 @triton.jit
@@ -46,9 +47,8 @@ def seeded_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    with on_device(x):
-        _seeded_dropout_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
-            x, seed, y, x.numel(), drop_threshold(p), 1.0 / (1.0 - p),
-            BLOCK=_BLOCK, num_warps=4, num_stages=2,
-        )  # fmt: skip
+    launch(_seeded_dropout_kernel, (triton.cdiv(x.numel(), _BLOCK),), x)(
+        x, seed, y, x.numel(), drop_threshold(p), 1.0 / (1.0 - p),
+        BLOCK=_BLOCK, num_warps=4, num_stages=2,
+    )  # fmt: skip
     return y
