@@ -42,7 +42,7 @@ FLOAT_TILES = (
 DESCRIPTOR_TILES = (
     Tile(128, 256, 64, warps=8, stages=3),
     Tile(128, 128, 64, warps=8, stages=4),
-    Tile(128, 64, 64, warps=4, stages=4),
+    Tile(128, 64, 64, warps=8, stages=4),
     Tile(64, 64, 64, warps=4, stages=4),
     Tile(64, 32, 64, warps=4, stages=4),
 )

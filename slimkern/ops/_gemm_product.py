@@ -141,8 +141,9 @@ def _by_descriptors(p: Product) -> None:
             **launch_options(tile),
         )  # fmt: skip
 
-    # The largest tile has no registers left for the addresses of what it stores.
-    tiles = DESCRIPTOR_TILES[0 if stores else 1 :]
+    # The largest tiles have no registers left for the addresses of what they store.
+    first = 0 if stores else 1 if p.h is None and p.residual is None else 2
+    tiles = DESCRIPTOR_TILES[first:]
     tile = choose_tile(tiles, bucket(M), N)
     sizes = (bucket(M), N, K, p.transposed, stores)
     attempt(fastest("product by descriptors", sizes, p.x, tiles, tile, attempt))
