@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import tiny_models
@@ -21,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from triton_cases import DEVICES, GPU, INTERPRETED, moved
 
+from slimkern.ops import _registry
 from slimkern.ops._packed import PACKED_BACKENDS
 from slimkern.ops.embeddings.api import BACKENDS as EMBEDDINGS
 
@@ -191,10 +193,6 @@ def test_embeddings_are_the_references(hidden, dtype, device):
 
 
 def test_a_missing_triton_is_named(monkeypatch):
-    import importlib
-
-    from slimkern.ops import _registry
-
     def missing(name):
         raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
