@@ -20,7 +20,15 @@ from slimkern.ops._gemm_descriptors import _product_descriptor_kernel
 from slimkern.ops._gemm_kernels import _product_kernel
 from slimkern.ops._gemm_weights import gathered
 from slimkern.ops._launch import launch
-from slimkern.ops._tile import Tile, alignment, bucket, choose_tile, launch_options, processors
+from slimkern.ops._tile import (
+    Tile,
+    alignment,
+    bucket,
+    capability,
+    choose_tile,
+    launch_options,
+    processors,
+)
 from slimkern.ops._tune import fastest
 
 # Where kept rows are gathered while tiles are loaded, nothing measurable is lost on an H100; a copy
@@ -141,8 +149,9 @@ def _by_descriptors(p: Product) -> None:
             **launch_options(tile),
         )  # fmt: skip
 
-    # The largest tiles have no registers left for the addresses of what they store.
-    first = 0 if stores else 1 if p.h is None and p.residual is None else 2
+    # Registers: the largest tiles have none left for the addresses of what they store, and the
+    # widest none for an activation where sums are read back from tensor memory.
+    first = 2 if not stores else 1 if capability(p.x) >= 100 else 0
     tiles = DESCRIPTOR_TILES[first:]
     tile = choose_tile(tiles, bucket(M), N)
     sizes = (bucket(M), N, K, p.transposed, stores)
