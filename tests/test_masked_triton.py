@@ -69,8 +69,12 @@ def test_an_unselected_nan_does_not_leak(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-def test_products_on_copies(dtype, device, poisoned):
+@pytest.mark.parametrize("left", [False, True], ids=["here", "left to torch"])
+def test_products_on_copies(left, dtype, device, poisoned, monkeypatch):
     """Integers: every sum is exact, so that a result is right or wrong."""
+    monkeypatch.setattr(kernels, "_fits_blas", lambda *operands: left)
+    if device == "cpu":
+        monkeypatch.setattr(kernels, "_MIXED", False)  # torch has it for GPUs alone
 
     def small(*shape, seed):
         return normal(*shape, dtype=torch.float32, device=device, seed=seed).round().to(dtype)
