@@ -40,7 +40,7 @@ void check(const Embeddings& e) {
 // sum = the tables' rows of one token.
 template <class T>
 void add_rows(const Embeddings& e, int64_t b, int64_t t, float* sum) {
-  const T* row[kMostTables];
+  const T* row[kMostTables] = {};
   for (int i = 0; i < e.tables; ++i) {
     const Table& table = e.table[i];
     row[i] = static_cast<const T*>(table.data) + row_of(table, b, t) * table.row_stride;
