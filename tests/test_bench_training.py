@@ -22,7 +22,7 @@ EAGER = [p for p in training.training_providers() if not p.name.startswith("torc
 
 
 def tiny(sparsity: float, *, optimizer: bool = True) -> TrainingWork:
-    return training_cases._work(SMOKE, sparsity, optimizer=optimizer, smoke=True)
+    return training_cases.step(SMOKE, sparsity, optimizer=optimizer, smoke=True)
 
 
 def bound(work: TrainingWork, precision: Precision = "fp32") -> float:

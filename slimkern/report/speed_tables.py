@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from slimkern.report import speed_text as text
-from slimkern.report.drawing import TIMES
+from slimkern.report.signs import TIMES
 from slimkern.report.speed_read import Block, Entry, Reading, Skipped, is_own, read
 from slimkern.report.speed_schema import Precision, SpeedResults
 
