@@ -2,9 +2,8 @@
 
 The roofline: no GPU needs less than its matrix units take for the products, nor less than its
 memory takes for every number moved once. A bound leaves out that neither is ever reached, and
-everything that is no product; nothing here was measured.
-
-    python -m bench.gpu_bounds                       # every kernel's traffic, BERT-base's shapes
+everything that is no product; nothing here was measured. ``python -m bench.gpu_traffic`` prints
+the bounds of single kernels.
 """
 
 from __future__ import annotations

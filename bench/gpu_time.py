@@ -88,7 +88,7 @@ def time_in_turns(
     """
     turns = Interleaved(runs, min_seconds=ROUND)
     spent = sum(turns.repeats[name] * value for name, value in turns.round().items())
-    rounds = max(FEWEST, min(most, int(seconds / max(spent, 1e-9))))
+    rounds = min(most, max(FEWEST, int(seconds / max(spent, 1e-9))))
     found: dict[str, list[float]] = {name: [] for name in runs}
     with no_garbage_collection():
         for _ in range(rounds):

@@ -20,6 +20,12 @@ PRECISION_NAMES = {
     "fp32-medium": "float32, matmul precision medium",
     "bf16": "bfloat16",
 }
+BOUNDS_TITLE = "Bounds by data sheet: no results"
+BOUNDS_NOTE = (
+    "Milliseconds that the peaks of a GPU's data sheet alone would take: the products at the full "
+    "rate of its matrix units, or every number moved once at that of its memory. Nothing here was "
+    "measured, and no kernel reaches it."
+)
 
 
 def ms(seconds: float) -> str:
