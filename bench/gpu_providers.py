@@ -144,8 +144,12 @@ class CompiledInTime(Provider):
             placed_inputs(work, setting),
             setting,
         )
-        with at_most(self.seconds, "compiling"):
-            call()
+        try:
+            with at_most(self.seconds, "compiling"):
+                call()
+        except ProviderError:
+            torch._dynamo.reset()  # nothing half-made is left
+            raise
         return call
 
 

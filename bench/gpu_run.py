@@ -10,7 +10,7 @@ import torch
 
 from bench import check, gpu_bounds, limits
 from bench.gpu_providers import Sliced, gpu_providers, on_device, step_providers
-from bench.gpu_time import Direct, Replay, time_in_turns
+from bench.gpu_time import ROUND, Direct, Replay, time_in_turns
 from bench.gpu_works import LAUNCHED, Item, Mode
 from bench.harness import STICK, allowed, new_row
 from bench.providers.base import Call, Provider
@@ -146,7 +146,7 @@ def _prepare(
         row["error"] = right(call())
     if on_gpu:
         row["peak_bytes"] = torch.cuda.max_memory_allocated() - held
-    row["bound"] = allowed(work, setting.precision, row["error"], sticks)
+    row["bound"] = allowed(work, setting, row["error"], sticks)
     if row["error"] <= row["bound"]:
         return _Candidate(row, call, right)
     row["failed"] = (
@@ -176,7 +176,8 @@ def _timed(
             _still_there(row["failed"], bench.device)
     if runs:
         with torch.inference_mode():
-            seconds = time_in_turns(runs, bench.seconds, bench.most)
+            least = ROUND if bench.device == "cuda" else 0.0
+            seconds = time_in_turns(runs, bench.seconds, bench.most, least)
         for row in fresh.values():
             if row["provider"] in seconds:
                 row["seconds"] = seconds[row["provider"]]

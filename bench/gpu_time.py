@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 
@@ -45,11 +46,22 @@ class Replay:
             self._capture(call, self.calls)
 
     def _capture(self, call: Callable[[], Outputs], calls: int) -> None:
+        """As ``torch.cuda.graph`` does it, which besides collects all garbage: seconds of a run."""
         self.outputs: Outputs = ()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for _ in range(calls):
-                self.outputs = call()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._graph.capture_begin()
+            try:
+                for _ in range(calls):
+                    self.outputs = call()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture is lost; its reason is the first error
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self) -> None:
         """One replay; does not wait for it."""
@@ -77,7 +89,7 @@ class Direct:
 
 
 def time_in_turns(
-    runs: Mapping[str, Replay | Direct], seconds: float, most: int = MOST
+    runs: Mapping[str, Replay | Direct], seconds: float, most: int = MOST, least: float = ROUND
 ) -> dict[str, list[float]]:
     """Seconds of one call, round by round, every run once in each round.
 
@@ -85,8 +97,9 @@ def time_in_turns(
         runs: warm.
         seconds: about how long all rounds may take together.
         most: rounds.
+        least: seconds of one candidate in a round.
     """
-    turns = Interleaved(runs, min_seconds=ROUND)
+    turns = Interleaved(runs, min_seconds=least)
     spent = sum(turns.repeats[name] * value for name, value in turns.round().items())
     rounds = min(most, max(FEWEST, int(seconds / max(spent, 1e-9))))
     found: dict[str, list[float]] = {name: [] for name in runs}

@@ -8,6 +8,7 @@ silent, and starts another for what is left.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -33,11 +34,9 @@ class Log:
 
 def work(asked: argparse.Namespace, log: Log) -> int:
     """Measures what is listed and not done; the process's exit code."""
-    import torch
-
     from bench import gpu_run, gpu_works, limits
 
-    torch.set_grad_enabled(True)
+    gc.freeze()  # what the imports hold is set aside from every later collection
     until = time.monotonic() + asked.seconds
     smoke = asked.extent == "smoke"
     state = json.loads(asked.state.read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from bench import counts, model_works, op_works, training_cases
@@ -33,7 +32,6 @@ LAUNCHED = ", launched"
 UNEVEN_FFN = (603, 895, 705, 805, 1025, 741, 641, 577, 513, 461, 393, 321)
 PARTS: tuple[Part, ...] = ("fwd", "dx", "dW")
 _HALF: tuple[Precision, ...] = ("bf16",)
-_ALL: tuple[Precision, ...] = ("bf16", "fp32-high", "fp32")
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ class Item:
 
 
 def items(extent: Extent) -> list[Item]:
-    """All that is measured, in its order: what is checked only, operations, layers, training
-    steps, models.
+    """All that is measured, in its order: what is checked only, then from whole models down to
+    single operations, so that what a run has no time for is small.
 
     Args:
         extent: ``full``; ``quick``, about a tenth of it; ``smoke``, tiny and of odd sizes.
@@ -63,48 +61,48 @@ def items(extent: Extent) -> list[Item]:
     if extent == "smoke":
         return [*_checks(((17, 63, 130),)), *_smoke()]
     if extent == "quick":
-        return [*_checks(((17, 63, 130), (130, 17, 63))), *_quick()]
-    checks = _checks(((1, 17, 63), (17, 63, 130), (63, 130, 1), (130, 130, 130), (300, 70, 600)))
-    return [*checks, *_full()]
+        return [*_checks(((17, 63, 130),))[::2], *_quick()]
+    return [*_checks(((17, 63, 130), (300, 70, 600))), *_full()]
 
 
 def _smoke() -> Iterator[Item]:
-    yield from _linears((17,), ((63, 130, 21, None), (63, 130, None, 45)), ("fp32",))
-    yield from _blocks((BlockCase(17, 63, 130, (32, 32), 0.5),), ("fp32",))
+    yield from _models(TINY, (None, Cut("slim", (31, 17), (1, 2))), ((2, 9),), (), ("fp32",))
+    yield from _steps(training_cases.SMOKE, (0.8,), ("fp32",))
+    yield from _layers(TINY, (31, 1), ((2, 9),), ("fp32",))
+    yield from _linears((9,), ((40, 70, 21, None), (40, 70, None, 45)), ("fp32",))
     yield from _ffns(24, 51, (13,), (7,), (), ("fp32",))
     yield from _masked_ffns(24, 51, (13,), (7,), ("fp32",))
-    yield from _layers(TINY, (31, 1), ((2, 9),), ("fp32",))
-    yield from _steps(training_cases.SMOKE, (0.8,), ("fp32",))
-    yield from _models(TINY, (None, Cut("slim", (31, 17), (1, 2))), ((2, 9),), (), ("fp32",))
+    yield from _blocks((BlockCase(9, 40, 70, (32, 32), 0.5),), ("fp32",))
 
 
 def _quick() -> Iterator[Item]:
     yield from _linears((4096,), ((3072, 768, 614, None), (768, 3072, None, 640)), _HALF)
     yield from _blocks((BlockCase(4096, 3072, 768, (32, 32)),), _HALF)
-    yield from _ffns(768, 3072, (640,), (4096,), (4096,), _HALF)
     yield from _masked_ffns(768, 3072, (640,), (4096,), _HALF)
-    yield from _layers(BGE_BASE, (640, 5), ((32, 128),), _HALF)
-    yield from _steps(TRAINED, (0.8,), _HALF)
     yield from _models(BGE_BASE, (_SLIM,), ((8, 128),), (), _HALF)
+    yield from _steps(TRAINED, (0.8,), _HALF)
+    yield from _layers(BGE_BASE, (640, 5), ((32, 128),), _HALF)
+    yield from _ffns(768, 3072, (640,), (4096,), (4096,), _HALF)
 
 
 def _full() -> Iterator[Item]:
+    shapes = ((8, 128), (32, 128), (1, 128))
+    uneven = Cut("slim uneven", UNEVEN_FFN, UNEVEN_HEADS)
+    yield from _models(BGE_BASE, (None, _SLIM, uneven), shapes, ((32, 128),), _HALF)
+    yield from _steps(TRAINED, (0.0, 0.25, 0.5, 0.8), _HALF)
+    yield from _layers(BGE_BASE, (640, 5), ((8, 128), (32, 128)), _HALF)
     wide, narrow = (3072, 768), (768, 3072)
     tall = [(*wide, r, None) for r in (614, 640, 1536)]
     flat = [(*narrow, None, c) for c in (614, 640, 1536)]
     yield from _linears((1024, 4096), [*tall, *flat, (768, 768, 320, None)], _HALF)
-    yield from _linears((4096,), [tall[1], flat[1]], ("fp32-high", "fp32"), compiled=False)
-    yield from _linears((16384,), [(4096, 4096, 2048, None), (4096, 4096, None, 2048)], _HALF)
+    yield from _ffns(768, 3072, (614, 640), (1024, 4096), (4096,), _HALF)
+    yield from _masked_ffns(768, 3072, (640, 1536), (1024, 4096), _HALF)
     blocks = [((32, 32), 0.2), ((32, 32), 0.5), ((4, 1), 0.2), ((4, 1), 0.5)]
     yield from _blocks([BlockCase(4096, *wide, *kind) for kind in blocks], _HALF)
     yield from _blocks([BlockCase(16384, 4096, 4096, (32, 32), s) for s in (0.2, 0.5)], _HALF)
-    yield from _ffns(768, 3072, (614, 640), (1024, 4096), (4096,), _HALF)
-    yield from _masked_ffns(768, 3072, (640, 1536), (1024, 4096), _HALF)
-    yield from _layers(BGE_BASE, (640, 5), ((8, 128), (32, 128)), _HALF)
-    yield from _steps(TRAINED, (0.0, 0.25, 0.5, 0.8), _HALF)
-    shapes = ((8, 128), (32, 128), (1, 128))
-    uneven = Cut("slim uneven", UNEVEN_FFN, UNEVEN_HEADS)
-    yield from _models(BGE_BASE, (None, _SLIM, uneven), shapes, ((32, 128),), _HALF)
+    large = [(4096, 4096, 2048, None), (4096, 4096, None, 2048)]
+    yield from _linears((16384,), large, _HALF, compiled=False)
+    yield from _linears((4096,), [tall[1], flat[1]], ("fp32-high", "fp32"), compiled=False)
 
 
 _SLIM = even("slim", BGE_BASE, 640, 5)
@@ -284,13 +282,3 @@ def _models(
                 precisions,
                 ("graph", "launched"),
             )
-
-
-def total(listed: Sequence[Item]) -> int:
-    """How many cases they are: an item is one for each precision."""
-    return sum(len(item.precisions) for item in listed)
-
-
-def needs(listed: Sequence[Item]) -> set[torch.dtype]:
-    """The dtypes of their weights."""
-    return {torch.bfloat16 if p == "bf16" else torch.float32 for i in listed for p in i.precisions}

@@ -177,7 +177,7 @@ def _prepare(
         return None
     if grown is not None:
         row["peak_bytes"] = grown
-    row["bound"] = allowed(work, setting.precision, row["error"], sticks)
+    row["bound"] = allowed(work, setting, row["error"], sticks)
     if not row["error"] <= row["bound"]:
         row["failed"] = (
             f"its error against fp64 is {row['error']:.3g}, at most {row['bound']:.3g} is right"
@@ -186,17 +186,17 @@ def _prepare(
     return _Candidate(row, calls[0])
 
 
-def allowed(
-    work: Work, precision: Precision, error: float, sticks: dict[Precision, float]
-) -> float:
+def allowed(work: Work, setting: Setting, error: float, sticks: dict[Precision, float]) -> float:
     """What the error may be; the first provider of a precision is the stick, and is held to the
     worst case of rounding."""
+    precision = setting.precision
+    device: check.Device = "cuda" if setting.device == "cuda" else "cpu"
     if precision not in sticks:
-        worst = check.worst_case(work, precision)
+        worst = check.worst_case(work, precision, device)
         if error <= worst:
             sticks[precision] = error
         return worst
-    return check.bound(work, precision, sticks[precision])
+    return check.bound(work, precision, sticks[precision], device)
 
 
 def _time(candidates: list[_Candidate], work: Work, suite: Suite, benchmark: Any) -> None:
