@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -36,6 +37,7 @@ from slimkern.report.speed_tables import full_tables
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = {"full": 440.0, "quick": 60.0, "smoke": 120.0}
 SILENCE = 60.0  # seconds without a word, beyond the longest compile, after which a process is ended
+GRACE = 20.0  # seconds for what was begun before the time was up
 LIVES = 8  # processes that may be started one after the other
 METHODS = (
     "Operations and layers are replays of CUDA graphs, each of as many calls as take about half a "
@@ -65,6 +67,8 @@ class Found:
     doing: list[str] | None = None
     ended: bool = False
     crash: str = ""
+    ending: str = ""
+    """Why it ended before all was done."""
 
     def take(self, entry: dict[str, Any]) -> None:
         """One line."""
@@ -80,19 +84,23 @@ class Found:
             self.late += [entry["done"]] if entry.get("late") else []
             self.doing = None
 
-    def lose(self, reason: str) -> None:
-        """What was being done ended the process: it is not done again."""
+    def lose(self, reason: str) -> bool:
+        """What was being done ended the process: it is not done again. False: it was nothing that
+        is known, or the same as before."""
+        self.crash = ""
         if self.doing is None or any(key == self.doing for key, _ in self.lost):
-            raise RuntimeError(f"the measuring process ended and it is not known why: {reason}")
+            self.ending = reason
+            return False
         self.lost.append((self.doing, reason))
-        self.doing, self.crash = None, ""
+        print(f"lost: {', '.join(self.doing)}: {reason}", file=sys.stderr)
+        self.doing = None
+        return True
 
 
 def run(extent: str, device: str, seconds: float, compile_seconds: float) -> Found:
-    """Starts measuring processes, one after the other, until all is done.
+    """Starts measuring processes, one after the other, until all is done or the time is up.
 
-    Raises:
-        RuntimeError: a process ended before it said what it was about to do.
+    An interrupt ends it early; what was found by then is returned.
     """
     found = Found()
     until = time.monotonic() + seconds
@@ -107,16 +115,23 @@ def run(extent: str, device: str, seconds: float, compile_seconds: float) -> Fou
             command += ["--device", device, "--seconds", str(max(0.0, until - time.monotonic()))]
             command += ["--compile-seconds", str(compile_seconds)]
             command += ["--state", str(state), "--log", str(log)]
-            reason = _follow(command, log, found, compile_seconds + SILENCE)
-            if found.ended:
+            try:
+                reason = _follow(command, log, found, compile_seconds + SILENCE, until + GRACE)
+            except KeyboardInterrupt:
+                found.ending = "interrupted"
                 break
-            found.lose(found.crash or reason)
-            print(f"lost: {found.lost[-1][0]}: {found.lost[-1][1]}", file=sys.stderr)
+            if found.ended or not found.lose(found.crash or reason):
+                break
+            if time.monotonic() > until:
+                found.ending = "the time was up"
+                break
+        else:
+            found.ending = f"{LIVES} processes were lost"
     return found
 
 
-def _follow(command: list[str], log: Path, found: Found, silence: float) -> str:
-    """Reads along until the process ends or falls silent; returns how it ended."""
+def _follow(command: list[str], log: Path, found: Found, silence: float, until: float) -> str:
+    """Reads along until the process ends, falls silent or the time is up; returns which."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     if "cpu" in command:
         environment["TRITON_INTERPRET"] = "1"
@@ -124,21 +139,31 @@ def _follow(command: list[str], log: Path, found: Found, silence: float) -> str:
         subprocess.Popen(command, cwd=ROOT, env=environment) as process,
         log.open(encoding="utf-8") as lines,
     ):
-        heard, part = time.monotonic(), ""
-        while True:
-            alive = process.poll() is None
-            text = lines.read()
-            if text:
-                heard = time.monotonic()
-                *whole, part = (part + text).split("\n")
-                for line in whole:
-                    found.take(json.loads(line))
-            if not alive:
-                return f"the process ended with {process.returncode}"
-            if time.monotonic() - heard > silence:
-                process.kill()
-                return f"no answer in {silence:.0f} s"
-            time.sleep(0.05)
+        try:
+            return _listen(process, lines, found, silence, until)
+        finally:
+            process.kill()
+
+
+def _listen(
+    process: subprocess.Popen[bytes], lines: TextIO, found: Found, silence: float, until: float
+) -> str:
+    heard, part = time.monotonic(), ""
+    while True:
+        alive = process.poll() is None  # before reading: nothing it wrote is missed
+        text = lines.read()
+        if text:
+            heard = time.monotonic()
+            *whole, part = (part + text).split("\n")
+            for line in whole:
+                found.take(json.loads(line))
+        if not alive:
+            return f"the process ended with {process.returncode}"
+        if time.monotonic() - heard > silence:
+            return f"no answer in {silence:.0f} s"
+        if time.monotonic() > until:
+            return "the time was up"
+        time.sleep(0.05)
 
 
 def results_of(found: Found, extent: str, seconds: float, command: str) -> SpeedResults:
@@ -154,6 +179,8 @@ def results_of(found: Found, extent: str, seconds: float, command: str) -> Speed
     if found.late:
         names = ", ".join(f"{case} ({precision})" for case, precision in found.late)
         notes.append(f"The time was up before {len(found.late)} cases: {names}.")
+    if found.ending:
+        notes.append(f"The run ended before all was done: {found.ending}.")
     results = SpeedResults(
         title="slimkern on a GPU" + (": a rehearsal without one" if smoke else ""),
         command=command,
@@ -189,19 +216,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = shlex.join(["python", "-m", "bench.gpu", *given])
     begun = time.monotonic()
-    found = run(
-        name,
-        "cpu" if asked.smoke else "cuda",
-        SECONDS[name] if asked.seconds is None else asked.seconds,
-        asked.compile_seconds,
-    )
+    seconds = SECONDS[name] if asked.seconds is None else asked.seconds
+    # Who ends the command gets what was found so far.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        found = run(name, "cpu" if asked.smoke else "cuda", seconds, asked.compile_seconds)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not found.rows:
+        print(f"nothing could be measured: {found.ending or 'no rows'}", file=sys.stderr)
+        return 1
     results = results_of(found, name, time.monotonic() - begun, command)
     report.write(asked.out, report.compact(results))
     report.write(asked.out.with_suffix(".md"), full_tables(results))
     for row in results["rows"]:
         if "failed" in row:
             print(f"failed: {row['case']}, {row['provider']}, {row['precision']}: {row['failed']}")
-    return 1 if found.lost or any("failed" in row for row in results["rows"]) else 0
+    return 1 if found.ending or found.lost or any("failed" in row for row in results["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -220,8 +220,20 @@ def _said(error: BaseException) -> str:
 
 
 def _still_there(doing: str, device: str) -> None:
-    if device == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except Exception as error:
-            raise DeviceLost(doing) from error
+    """A small graph is captured: an error may leave neither the device nor the allocator usable.
+
+    Raises:
+        DeviceLost: it can't be; the message is ``doing``.
+    """
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+        one = torch.ones(1, device=device)
+        replay = Replay(lambda: (one + 1,))
+        replay()
+        usable = float(replay.outputs[0]) == 2.0
+    except Exception as error:
+        raise DeviceLost(doing) from error
+    if not usable:
+        raise DeviceLost(doing)
