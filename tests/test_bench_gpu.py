@@ -84,6 +84,12 @@ def test_results_become_tables_and_a_page(rehearsal, tmp_path):
     assert "MI300X" in page
 
 
+def test_the_readme_has_a_place_for_the_tables():
+    readme = Path(gpu.ROOT / "README.md").read_text()
+    made = report.into_readme(readme, "a table", markers=gpu_report.MARKERS)
+    assert "a table" in made
+
+
 def test_without_a_gpu_the_error_names_the_rehearsal(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
