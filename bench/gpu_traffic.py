@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_bounds import GPUS, roofline
+from bench.gpu_shapes import SHAPES
 from slimkern.report.speed_schema import Precision
 
 
@@ -42,87 +43,6 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How a kernel uses its arguments.
-
-    Attributes:
-        operands: pointer argument -> the sizes it has: ``("M", "K")``.
-        tile: sizes that are cut up among programs -> the argument that says how long a piece is.
-        outputs: the operands that are written.
-        products: lists of sizes; each is a product of matrices, of 2 flops per element.
-    """
-
-    operands: Mapping[str, tuple[str, ...]]
-    tile: Mapping[str, str]
-    outputs: frozenset[str]
-    products: tuple[tuple[str, ...], ...] = ()
-
-
-def _tile(*sizes: str) -> dict[str, str]:
-    return {size: f"BLOCK_{size}" for size in sizes}
-
-
-SHAPES: dict[str, Shape] = {
-    "_product_kernel": Shape(
-        {
-            "x_ptr": ("M", "K"),
-            "w_ptr": ("N", "K"),
-            "b_ptr": ("N",),
-            "rows_ptr": ("N",),
-            "add_ptr": ("M", "N"),
-            "h_ptr": ("M", "N"),
-            "y_ptr": ("M", "N"),
-        },
-        _tile("M", "N"),
-        frozenset({"h_ptr", "y_ptr"}),
-        (("M", "N", "K"),),
-    ),
-    "_gated_kernel": Shape(
-        {
-            "x_ptr": ("M", "K"),
-            "gate_ptr": ("N", "K"),
-            "up_ptr": ("N", "K"),
-            "gate_bias_ptr": ("N",),
-            "up_bias_ptr": ("N",),
-            "y_ptr": ("M", "N"),
-        },
-        _tile("M", "N"),
-        frozenset({"y_ptr"}),
-        (("M", "N", "K"),) * 2,
-    ),
-    # The grid's second size is the number of slices that the tokens are cut into.
-    "_product_dw_kernel": Shape(
-        {"gy_ptr": ("M", "R"), "x_ptr": ("M", "C"), "out_ptr": ("#1", "R", "C")},
-        _tile("R", "C"),
-        frozenset({"out_ptr"}),
-        (("M", "R", "C"),),
-    ),
-    "_scatter_sum_kernel": Shape(
-        {
-            "part_ptr": ("S", "R", "C"),
-            "rows_ptr": ("R",),
-            "cols_ptr": ("C",),
-            "out_ptr": ("N", "K"),
-        },
-        {},
-        frozenset({"out_ptr"}),
-    ),
-    "_gather_kernel": Shape(
-        {
-            "w_ptr": ("R", "C"),
-            "rows_ptr": ("R",),
-            "cols_ptr": ("C",),
-            "out_ptr": ("R_OUT", "C_OUT"),
-        },
-        _tile("R", "C"),
-        frozenset({"out_ptr"}),
-    ),
-}
-"""Kernels whose operands are cut into tiles or gathered; any other one, which goes over rows, is
-taken to read and write each of its tensors once."""
-
-
-@dataclass(frozen=True)
 class Traffic:
     """Flops of the matrix products, and bytes moved: once each, and once per tile."""
 
@@ -131,11 +51,15 @@ class Traffic:
     tiled: float
 
 
-def traffic(launch: Launch) -> Traffic:
+def traffic(launch: Launch, kept: float = 1.0) -> Traffic:
     """What a launch costs.
 
+    Args:
+        launch: with the arguments that its entry in ``SHAPES`` names.
+        kept: where a mask skips, the share of the steps that are not skipped.
+
     Raises:
-        KeyError: the kernel has lost an argument that its entry in ``SHAPES`` names.
+        KeyError: the kernel has lost such an argument.
     """
     shape = SHAPES.get(launch.kernel)
     if shape is None:
@@ -149,14 +73,14 @@ def traffic(launch: Launch) -> Traffic:
         if not isinstance(tensor, Tensor):
             continue
         once = float(math.prod(map(launch.size, sizes))) * tensor.element_size()
-        ideal += once
         again = 1
         if name not in shape.outputs:
             for size, block in shape.tile.items():
                 if size not in sizes:
                     again *= -(-launch.size(size) // int(launch.arguments[block]))
-        tiled += once * again
-    return Traffic(flops, ideal, tiled)
+        ideal += once * (kept if name in shape.masked else 1.0)
+        tiled += once * again * (kept if name in shape.skipped else 1.0)
+    return Traffic(flops * (kept if shape.skipped else 1.0), ideal, tiled)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -13,7 +13,8 @@ from bench.gpu_bounds import GPUS, roofline
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from bench import gpu_traffic
-from bench.gpu_traffic import SHAPES, Launch, launches, recorded, table, traffic
+from bench.gpu_shapes import SHAPES
+from bench.gpu_traffic import Launch, launches, recorded, table, traffic
 from slimkern.ops import _gemm, _gemm_kernels
 
 
