@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from torch import Tensor
 from bench.gpu_bounds import GPUS, roofline
 from bench.gpu_shapes import SHAPES
 from slimkern.report.speed_schema import Precision
+
+GROUPED = "_grouped_kernel"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ def traffic(launch: Launch, kept: float = 1.0) -> Traffic:
     Raises:
         KeyError: the kernel has lost such an argument.
     """
+    if launch.kernel == GROUPED:
+        parts = [traffic(problem) for problem in _problems(launch)]
+        return Traffic(*(sum(figures) for figures in zip(*map(astuple, parts))))
     shape = SHAPES.get(launch.kernel)
     if shape is None:
         moved = float(sum(_bytes(t) for t in launch.arguments.values() if isinstance(t, Tensor)))
@@ -81,6 +86,18 @@ def traffic(launch: Launch, kept: float = 1.0) -> Traffic:
         ideal += once * (kept if name in shape.masked else 1.0)
         tiled += once * again * (kept if name in shape.skipped else 1.0)
     return Traffic(flops * (kept if shape.skipped else 1.0), ideal, tiled)
+
+
+def _problems(launch: Launch) -> Iterator[Launch]:
+    """A launch of several products of their own sizes, as one launch for each."""
+    given, sizes = launch.arguments, launch.arguments["sizes"]
+    for i, (M, N, K) in enumerate(zip(sizes[::3], sizes[1::3], sizes[2::3])):
+        own = {f"{name}_ptr": given[f"{name}_ptrs"][i] for name in "xwby"}
+        none = dict.fromkeys(("rows_ptr", "add_ptr", "h_ptr"))
+        tiles = {name: value for name, value in given.items() if name.startswith("BLOCK_")}
+        yield Launch(
+            "_product_kernel", launch.grid, {**own, **none, **tiles, "M": M, "N": N, "K": K}
+        )
 
 
 def _bytes(tensor: Tensor) -> int:

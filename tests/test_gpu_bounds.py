@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 from bench import gpu_traffic
 from bench.gpu_shapes import SHAPES
 from bench.gpu_traffic import Launch, launches, recorded, table, traffic
-from slimkern.ops import _gemm, _gemm_kernels
+from slimkern import ops
+from slimkern.ops import _gemm
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -97,9 +100,41 @@ def test_slices_of_a_weight_gradient_are_written_and_read_again():
     assert traffic(second).ideal == part + 320 * 384 * 2
 
 
+PRODUCTS = [m.name for m in pkgutil.iter_modules(ops.__path__) if m.name.startswith("_gemm")]
+
+
+def test_a_grouped_launch_costs_what_its_products_cost():
+    wide, narrow = ((64, 96, 128), (64, 40, 128))
+    tensors = [(meta(M, K), meta(N, K), None, meta(M, N)) for M, N, K in (wide, narrow)]
+    names = ("x_ptrs", "w_ptrs", "b_ptrs", "y_ptrs")
+    arguments = dict(zip(names, zip(*tensors))) | {"sizes": (*wide, *narrow)}
+    tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
+    cost = traffic(Launch(gpu_traffic.GROUPED, (12,), arguments | tiles))
+    assert cost.flops == 2 * 64 * 128 * (96 + 40)
+    assert cost.ideal == 2 * sum(M * K + N * K + M * N for M, N, K in (wide, narrow))
+    assert cost.tiled > cost.ideal
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.25, 1.0])
+def test_what_a_mask_skips_is_neither_moved_nor_multiplied(kept):
+    x, w, y = meta(128, 64), meta(96, 64), meta(128, 96)
+    arguments = {"x_ptr": x, "w_ptr": w, "b_ptr": None, "y_ptr": y, "M": 128, "P": 96, "R": 64}
+    arguments |= {"BLOCK_M": 64, "BLOCK_P": 32}
+    cost = traffic(Launch("_block_masked_product_kernel", (6,), arguments), kept)
+    assert cost.flops == kept * 2 * 128 * 96 * 64
+    assert cost.ideal == 2 * (128 * 64 + kept * 96 * 64 + 128 * 96)
+    assert cost.tiled == 2 * (kept * (3 * 128 * 64 + 2 * 96 * 64) + 128 * 96)
+
+
 def test_every_kernel_of_products_has_its_shape():
     """A kernel that none describes would count as one that goes over each tensor once."""
-    kernels = {n: k for n, k in vars(_gemm_kernels).items() if n.endswith("_kernel")}
+    modules = [importlib.import_module(f"slimkern.ops.{name}") for name in PRODUCTS]
+    kernels = {
+        name: kernel
+        for module in modules
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel") and name != gpu_traffic.GROUPED
+    }
     assert kernels
     assert set(kernels) <= set(SHAPES)
     for name, kernel in kernels.items():
@@ -107,7 +142,7 @@ def test_every_kernel_of_products_has_its_shape():
         used = {*shape.operands, *shape.tile, *shape.tile.values()}
         used |= {size for sizes in (*shape.operands.values(), *shape.products) for size in sizes}
         assert {n for n in used if not n.startswith("#")} <= set(names), name
-        pointers = {n for n in names if n.endswith("_ptr")}
+        pointers = {n for n in names if n.endswith(("_ptr", "_desc"))}
         assert pointers == set(shape.operands), name
 
 
