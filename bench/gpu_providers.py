@@ -7,6 +7,7 @@ multiplies by the mask; ``torch, sliced before`` has the kept part already.
 from __future__ import annotations
 
 import copy
+import importlib
 import signal
 import types
 from collections.abc import Callable, Iterator
@@ -30,7 +31,8 @@ from slimkern.report.speed_schema import PRECISIONS
 
 def gpu_providers(compile_seconds: float) -> list[Provider]:
     """Providers of operations, layers and models, the measuring stick first."""
-    return [Eager(), Sliced(), Multiplied(), CompiledInTime(compile_seconds), Triton()]
+    own = (Triton(), Tuned(compile_seconds))
+    return [Eager(), Sliced(), Multiplied(), CompiledInTime(compile_seconds), *own]
 
 
 def step_providers() -> list[Provider]:
@@ -201,6 +203,35 @@ class Triton(Provider):
             return torch_call(work, module, make(module), setting)
         slimkern.fuse_(module, precision=MATMUL[setting.precision])
         return torch_call(work, module, module, setting)
+
+
+class Tuned(Triton):
+    """The same kernels, their tiles chosen by measurement; on a short list, and given up in time."""
+
+    name = "slimkern triton, tuned"
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def refuses(self, work: Work, setting: Setting) -> str | None:
+        if "tuned" not in work.tags or setting.device != "cuda":
+            return "not on the tuning list: each product takes a compile per tile"
+        if find_spec("slimkern.ops._tune") is None:
+            return "tiles are chosen by sizes alone"
+        return super().refuses(work, setting)
+
+    def prepare(self, work: Work, setting: Setting) -> Call:
+        tuning = importlib.import_module("slimkern.ops._tune").tuning
+
+        def tuned() -> Outputs:
+            with tuning():
+                return call()
+
+        with at_most(self.seconds, "tuning"), tuning():
+            call = super().prepare(work, setting)
+            with torch.inference_mode():
+                call()
+        return tuned
 
 
 _OPS = {"part": "indexed_linear", "blocks": "block_masked_linear"}

@@ -167,14 +167,16 @@ def _linears(
     precisions: tuple[Precision, ...],
     compiled: bool = True,
 ) -> Iterator[Item]:
-    """(N, K, R, C) at every M and for every product; compiled: the first forward of the last M."""
+    """(N, K, R, C) at every M and for every product; on the short
+    lists: of the last M the first kind's, for compiles its forward."""
     for kind in kinds:
         for M in rows:
             for part in PARTS:
-                listed = compiled and part == "fwd" and rows[-1] == M and kind == kinds[0]
-                work = _linear(part, M, *kind, compiled=listed)
+                listed = compiled and rows[-1] == M and kind == kinds[0]
+                work = _linear(part, M, *kind, compiled=listed and part == "fwd")
                 whole = _linear(part, M, *kind[:2], None, None)
-                yield Item(replace(work, before=whole), precisions)
+                tags = work.tags | {"tuned"} if listed else work.tags
+                yield Item(replace(work, before=whole, tags=tags), precisions)
 
 
 def _blocks(cases: Sequence[BlockCase], precisions: tuple[Precision, ...]) -> Iterator[Item]:
@@ -276,9 +278,11 @@ def _models(
             if before is not None:
                 before = replace(before, inputs=partial(_ids, before))
             slim = isinstance(work.build, SlimBuild) and len(set(work.build.ffn)) == 1
-            given = replace(work, inputs=partial(_ids, work), before=before)
-            yield Item(
-                replace(given, compiled=work.compiled and (cut is None or slim)),
-                precisions,
-                ("graph", "launched"),
+            given = replace(
+                work,
+                inputs=partial(_ids, work),
+                before=before,
+                compiled=work.compiled and (cut is None or slim),
+                tags=work.tags | {"tuned"} if work.compiled and slim else work.tags,
             )
+            yield Item(given, precisions, ("graph", "launched"))
