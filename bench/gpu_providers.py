@@ -206,7 +206,7 @@ class Triton(Provider):
 
 
 class Tuned(Triton):
-    """The same kernels, their tiles chosen by measurement; on a short list, and given up in time."""
+    """The same kernels on tiles chosen by measurement; on a short list, and given up in time."""
 
     name = "slimkern triton, tuned"
 

@@ -167,8 +167,10 @@ def _linears(
     precisions: tuple[Precision, ...],
     compiled: bool = True,
 ) -> Iterator[Item]:
-    """(N, K, R, C) at every M and for every product; on the short
-    lists: of the last M the first kind's, for compiles its forward."""
+    """(N, K, R, C) at every M and for every product.
+
+    On the short lists: the first kind at the last M, to be compiled its forward alone.
+    """
     for kind in kinds:
         for M in rows:
             for part in PARTS:
