@@ -26,6 +26,7 @@ from bench.providers.base import Call, Provider, ProviderError
 from bench.providers.eager import Eager
 from bench.providers.training import AlreadySlim, DenseEager, MaskMultiply, SlimkernMasked
 from bench.work import Outputs, Setting, Work
+from slimkern.ops._registry import prefer_backend
 from slimkern.report.speed_schema import PRECISIONS
 
 
@@ -37,7 +38,28 @@ def gpu_providers(compile_seconds: float) -> list[Provider]:
 
 def step_providers() -> list[Provider]:
     """Providers of training steps, the measuring stick first."""
-    return [MaskMultiply(), DenseEager(), AlreadySlim(), SlimkernMasked()]
+    return [MaskMultiply(), DenseEager(), AlreadySlim(), MaskedOnTriton()]
+
+
+def by_triton(prepare: Callable[[], Call], setting: Setting) -> Call:
+    """What ``prepare`` returns, on Triton's kernels: a GPU's default, on a CPU the interpreter."""
+    if setting.device == "cuda":
+        return prepare()
+    with prefer_backend("triton"):
+        call = prepare()
+
+    def interpreted() -> Outputs:
+        with prefer_backend("triton"):
+            return call()
+
+    return interpreted
+
+
+class MaskedOnTriton(SlimkernMasked):
+    """Masked training steps, always on Triton's kernels."""
+
+    def prepare(self, work: Work, setting: Setting) -> Call:
+        return by_triton(lambda: super(MaskedOnTriton, self).prepare(work, setting), setting)
 
 
 def on_device(work: Work, device: str) -> Work:
@@ -201,8 +223,12 @@ class Triton(Provider):
         make = next((make for tag, make in makers.items() if tag in work.tags), None)
         if make is not None:
             return torch_call(work, module, make(module), setting)
-        slimkern.fuse_(module, precision=MATMUL[setting.precision])
-        return torch_call(work, module, module, setting)
+
+        def fused() -> Call:
+            slimkern.fuse_(module, precision=MATMUL[setting.precision])
+            return torch_call(work, module, module, setting)
+
+        return by_triton(fused, setting)
 
 
 class Tuned(Triton):

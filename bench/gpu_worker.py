@@ -52,7 +52,7 @@ def work(asked: argparse.Namespace, log: Log) -> int:
         device=asked.device,
         limits=measured,
         seconds={"full": 1.5, "quick": 0.3, "smoke": 0.01}[asked.extent],
-        most=2 if smoke else 15,
+        most=1 if smoke else 15,
         compile_seconds=asked.compile_seconds,
         left=lambda: until - time.monotonic(),
         lost={tuple(key): reason for key, reason in state["lost"]},
