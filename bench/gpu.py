@@ -35,7 +35,7 @@ from slimkern.report.speed_schema import Limit, SpeedResults, SpeedRow
 from slimkern.report.speed_tables import full_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = {"full": 440.0, "quick": 60.0, "smoke": 120.0}
+SECONDS = {"full": 440.0, "quick": 60.0, "smoke": 300.0}
 SILENCE = 60.0  # seconds without a word, beyond the longest compile, after which a process is ended
 GRACE = 20.0  # seconds for what was begun before the time was up
 LIVES = 8  # processes that may be started one after the other

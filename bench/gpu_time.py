@@ -96,11 +96,14 @@ def time_in_turns(
     Args:
         runs: warm.
         seconds: about how long all rounds may take together.
-        most: rounds.
+        most: rounds; the first one, by which their number is found, counts where it is the only.
         least: seconds of one candidate in a round.
     """
     turns = Interleaved(runs, min_seconds=least)
-    spent = sum(turns.repeats[name] * value for name, value in turns.round().items())
+    first = turns.round()
+    if most == 1:
+        return {name: [value / runs[name].calls] for name, value in first.items()}
+    spent = sum(turns.repeats[name] * value for name, value in first.items())
     rounds = min(most, max(FEWEST, int(seconds / max(spent, 1e-9))))
     found: dict[str, list[float]] = {name: [] for name in runs}
     with no_garbage_collection():
