@@ -18,7 +18,7 @@ from bench import gpu_traffic
 from bench.gpu_shapes import SHAPES
 from bench.gpu_traffic import Launch, launches, recorded, table, traffic
 from slimkern import ops
-from slimkern.ops import _gemm
+from slimkern.ops import _gemm, _gemm_kernels
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -147,11 +147,11 @@ def test_every_kernel_of_products_has_its_shape():
 
 
 def test_what_is_recorded_is_not_run_and_the_kernels_come_back():
-    before = _gemm._product_kernel
+    before = _gemm_kernels._product_kernel
     with recorded() as found:
         _gemm.product(meta(17, 63), meta(130, 63))
     assert [launch.kernel for launch in found] == ["_product_kernel"]
-    assert _gemm._product_kernel is before
+    assert _gemm_kernels._product_kernel is before
 
 
 def test_the_table_says_what_it_is(capsys):
