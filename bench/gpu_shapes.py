@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Sizes = tuple[str, ...]
+GROUPED = "_grouped_kernel"
+"""Several products in one launch, each of its own sizes."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Shape:
         products: each a product of matrices, of 2 flops per element of these sizes.
         masked: operands of which a mask leaves a share.
         skipped: operands whose loads are skipped with the steps that a mask empties.
+        only: operand -> (argument, its value) without which it is given and not used.
     """
 
     operands: Mapping[str, Sizes]
@@ -28,6 +31,7 @@ class Shape:
     products: tuple[Sizes, ...] = ()
     masked: frozenset[str] = frozenset()
     skipped: frozenset[str] = frozenset()
+    only: Mapping[str, tuple[str, object]] = field(default_factory=dict)
 
 
 def _tile(*sizes: str) -> dict[str, str]:
@@ -116,6 +120,55 @@ SHAPES: dict[str, Shape] = {
         (("M", "N", "K"),),
         skipped=frozenset({"gy_ptr", "x_ptr"}),
     ),
+    "_copy_kernel": Shape(
+        {"weight_ptr": ("N", "K"), "out_ptr": ("N", "K")},
+        _tile("N", "K"),
+        frozenset({"out_ptr"}),
+        masked=frozenset({"weight_ptr"}),
+        only={"weight_ptr": ("IN_PLACE", False)},
+    ),
+    # Three weights, of which equally many rows are kept, or one that is handed over three times.
+    "_kept_weights_kernel": Shape(
+        {
+            **{f"w{i}_ptr": ("R", "C") for i in range(3)},
+            **{f"b{i}_ptr": ("R",) for i in range(3)},
+            **{f"r{i}_ptr": ("R",) for i in range(3)},
+            "cols_ptr": ("C",),
+            "out_ptr": ("R_OUT", "C_OUT"),
+        },
+        {},
+        frozenset({"out_ptr"}),
+        only={f"{name}{i}_ptr": ("PARTS", 3) for name in "wbr" for i in (1, 2)},
+    ),
+    # Of the tables, a row for each token; what else the tables hold is not read.
+    "_embeddings_kernel": Shape(
+        {
+            "ids_ptr": ("M",),
+            "words_ptr": ("M", "H"),
+            "types_ptr": ("H",),
+            "positions_ptr": ("T", "H"),
+            "gamma_ptr": ("H",),
+            "beta_ptr": ("H",),
+            "y_ptr": ("M", "H"),
+        },
+        {},
+        frozenset({"y_ptr"}),
+    ),
 }
-"""Kernels of products, and what gathers and scatters for them. Any other kernel, which goes over
-rows, is taken to read and write each of its tensors once."""
+"""Kernels of products, and what gathers and scatters."""
+
+ROWS = frozenset(
+    {
+        "_activation_fwd_kernel",
+        "_activation_grad_kernel",
+        "_add_norm_fwd_kernel",
+        "_add_norm_grad_kernel",
+        "_column_sums_kernel",
+        "_flags_kernel",
+        "_joined_heads_kernel",
+        "_list_kernel",
+        "_row_norm_kernel",
+        "_seeded_dropout_kernel",
+    }
+)
+"""Kernels without products that read and write all of each of their tensors once."""

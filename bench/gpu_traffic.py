@@ -1,8 +1,7 @@
 """What each kernel moves and multiplies, from the parameters it would be launched with.
 
-The launchers run on tensors without memory, and a recorder in the place of every kernel notes grid,
-sizes and tiles. For each operand two figures follow: ``ideal``, every number once; and ``tiled``,
-once for each tile of the output that needs it, which is what passes between the L2 cache and the
+For each operand of a launch two figures follow: ``ideal``, every number once; and ``tiled``, once
+for each tile of the output that needs it, which is what passes between the L2 cache and the
 multiprocessors. Beside them stands the bound of the data sheets' peaks, for the ideal.
 
     python -m bench.gpu_traffic                      # every kernel, BERT-base's shapes, markdown
@@ -11,37 +10,17 @@ multiprocessors. Beside them stands the bound of the data sheets' peaks, for the
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 
-import torch
 from torch import Tensor
 
 from bench.gpu_bounds import GPUS, roofline
-from bench.gpu_shapes import SHAPES
+from bench.gpu_launches import Launch, launches
+from bench.gpu_shapes import GROUPED, ROWS, SHAPES
 from slimkern.report.speed_schema import Precision
-
-GROUPED = "_grouped_kernel"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, its grid and its arguments by name."""
-
-    kernel: str
-    grid: tuple[int, ...]
-    arguments: Mapping[str, Any]
-
-    def size(self, name: str) -> int:
-        """A size argument; ``#0`` to ``#2`` are the grid's."""
-        return self.grid[int(name[1:])] if name.startswith("#") else int(self.arguments[name])
 
 
 @dataclass(frozen=True)
@@ -61,21 +40,23 @@ def traffic(launch: Launch, kept: float = 1.0) -> Traffic:
         kept: where a mask skips, the share of the steps that are not skipped.
 
     Raises:
-        KeyError: the kernel has lost such an argument.
+        KeyError: the kernel stands in no table of ``bench/gpu_shapes.py``, or has lost an argument
+            that its entry names.
     """
     if launch.kernel == GROUPED:
         parts = [traffic(problem) for problem in _problems(launch)]
         return Traffic(*(sum(figures) for figures in zip(*map(astuple, parts))))
-    shape = SHAPES.get(launch.kernel)
-    if shape is None:
+    if launch.kernel in ROWS:
         moved = float(sum(_bytes(t) for t in launch.arguments.values() if isinstance(t, Tensor)))
         return Traffic(0.0, moved, moved)
+    shape = SHAPES[launch.kernel]
     flops = sum(2.0 * math.prod(map(launch.size, sizes)) for sizes in shape.products)
     ideal = tiled = 0.0
     for name, sizes in shape.operands.items():
         given = launch.arguments[name]
         tensor = getattr(given, "base", given)  # of a tensor descriptor
-        if not isinstance(tensor, Tensor):
+        needed, value = shape.only.get(name, ("", None))
+        if not isinstance(tensor, Tensor) or (needed and launch.arguments[needed] != value):
             continue
         once = float(math.prod(map(launch.size, sizes))) * tensor.element_size()
         again = 1
@@ -102,87 +83,6 @@ def _problems(launch: Launch) -> Iterator[Launch]:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-@dataclass
-class _Recorder:
-    """Stands for a kernel: ``recorder[grid](...)`` notes the launch."""
-
-    name: str
-    kernel: Any
-    launches: list[Launch] = field(default_factory=list)
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        function = getattr(self.kernel, "fn", self.kernel)
-        while not inspect.isfunction(function) and hasattr(function, "fn"):
-            function = function.fn  # under an autotuner
-        names = list(inspect.signature(function).parameters)
-
-        def launch(*positional: Any, **named: Any) -> None:
-            arguments = dict(zip(names, positional)) | named
-            sizes = grid(arguments) if callable(grid) else grid
-            self.launches.append(Launch(self.name, tuple(sizes), arguments))
-
-        return launch
-
-
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Notes every launch of slimkern's kernels instead of running it.
-
-    Every attribute of a loaded module of ``slimkern.ops`` whose name ends in ``_kernel`` is
-    replaced: import the backends first.
-    """
-    launches: list[Launch] = []
-    replaced: list[tuple[Any, str, Any]] = []
-    for module in [m for name, m in sys.modules.items() if name.startswith("slimkern.ops")]:
-        for name, kernel in list(vars(module).items()):
-            if name.endswith("_kernel") and hasattr(kernel, "fn"):
-                replaced.append((module, name, kernel))
-                setattr(module, name, _Recorder(name, kernel, launches))
-    try:
-        yield launches
-    finally:
-        for module, name, kernel in replaced:
-            setattr(module, name, kernel)
-
-
-CASES = ((4096, 3072, 768, 614, None), (4096, 768, 3072, None, 614), (1024, 3072, 768, 640, None))
-"""M, N, K, kept rows, kept columns."""
-
-
-def launches(dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, Launch]]:
-    """(what is computed, a launch of it) for every case; nothing is computed."""
-    return [entry for case in CASES for entry in _launches(dtype, *case)]
-
-
-def _launches(
-    dtype: torch.dtype, M: int, N: int, K: int, R: int | None, C: int | None
-) -> list[tuple[str, Launch]]:
-    linear = importlib.import_module("slimkern.ops.indexed_linear.triton")
-    gemm = importlib.import_module("slimkern.ops._gemm")
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    kept = [None if n is None else meta(n, dtype=torch.int64) for n in (R, C)]
-    r, c = N if R is None else R, K if C is None else C
-    x, gy, w = meta(M, c), meta(M, r), meta(N, K)
-    narrow = meta(r, c)
-    calls: dict[str, Callable[[], Any]] = {
-        "fwd": lambda: linear.indexed_linear_fwd(x, w, meta(N), *kept),
-        "dx": lambda: linear.indexed_linear_dx(gy, w, *kept),
-        "dW": lambda: linear.indexed_linear_dw(gy, x, *kept, N, K),
-        "db": lambda: linear.indexed_linear_db(gy, kept[0], N),
-        "gated": lambda: gemm.gated_product(x, narrow, narrow, None, None, activation="silu"),
-    }
-    kinds = "".join(f", {n} {what}" for n, what in ((R, "rows"), (C, "columns")) if n)
-    entries = []
-    for name, call in calls.items():
-        with recorded() as found:
-            call()
-        entries += [(f"{name}, {M} x {K} -> {N}{kinds}", launch) for launch in found]
-    return entries
 
 
 def table(found: Sequence[tuple[str, Launch]], precision: Precision) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import pkgutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from bench.gpu_bounds import GPUS, roofline
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from bench import gpu_traffic
-from bench.gpu_shapes import SHAPES
-from bench.gpu_traffic import Launch, launches, recorded, table, traffic
+from bench.gpu_launches import Launch, launches, recorded
+from bench.gpu_shapes import GROUPED, ROWS, SHAPES
+from bench.gpu_traffic import table, traffic
 from slimkern import ops
 from slimkern.ops import _gemm, _gemm_kernels
 
@@ -100,7 +102,22 @@ def test_slices_of_a_weight_gradient_are_written_and_read_again():
     assert traffic(second).ideal == part + 320 * 384 * 2
 
 
-PRODUCTS = [m.name for m in pkgutil.iter_modules(ops.__path__) if m.name.startswith("_gemm")]
+SIDE = frozenset({"bits_ptr", "list_ptr", "counts_ptr", "shift_ptr"})
+"""Pointers that are not counted: bits and lists of masks, some thousandths of the weight, and a
+bias's copy."""
+
+
+def kernels() -> dict[str, Any]:
+    """Every kernel of slimkern's, by name."""
+    found = {}
+    for path in sorted(Path(ops.__path__[0]).rglob("*.py")):
+        if "_kernel(" not in path.read_text() or path.parent.name == "__pycache__":
+            continue
+        parts = path.relative_to(ops.__path__[0]).with_suffix("").parts
+        module = importlib.import_module(".".join(["slimkern.ops", *parts]))
+        members = vars(module).items()
+        found |= {n: k for n, k in members if n.endswith("_kernel") and hasattr(k, "fn")}
+    return found
 
 
 def test_a_grouped_launch_costs_what_its_products_cost():
@@ -109,7 +126,7 @@ def test_a_grouped_launch_costs_what_its_products_cost():
     names = ("x_ptrs", "w_ptrs", "b_ptrs", "y_ptrs")
     arguments = dict(zip(names, zip(*tensors))) | {"sizes": (*wide, *narrow)}
     tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
-    cost = traffic(Launch(gpu_traffic.GROUPED, (12,), arguments | tiles))
+    cost = traffic(Launch(GROUPED, (12,), arguments | tiles))
     assert cost.flops == 2 * 64 * 128 * (96 + 40)
     assert cost.ideal == 2 * sum(M * K + N * K + M * N for M, N, K in (wide, narrow))
     assert cost.tiled > cost.ideal
@@ -126,24 +143,52 @@ def test_what_a_mask_skips_is_neither_moved_nor_multiplied(kept):
     assert cost.tiled == 2 * (kept * (3 * 128 * 64 + 2 * 96 * 64) + 128 * 96)
 
 
-def test_every_kernel_of_products_has_its_shape():
-    """A kernel that none describes would count as one that goes over each tensor once."""
-    modules = [importlib.import_module(f"slimkern.ops.{name}") for name in PRODUCTS]
-    kernels = {
-        name: kernel
-        for module in modules
-        for name, kernel in vars(module).items()
-        if name.endswith("_kernel") and name != gpu_traffic.GROUPED
-    }
-    assert kernels
-    assert set(kernels) <= set(SHAPES)
-    for name, kernel in kernels.items():
-        shape, names = SHAPES[name], inspect.signature(kernel.fn).parameters
-        used = {*shape.operands, *shape.tile, *shape.tile.values()}
-        used |= {size for sizes in (*shape.operands.values(), *shape.products) for size in sizes}
-        assert {n for n in used if not n.startswith("#")} <= set(names), name
-        pointers = {n for n in names if n.endswith(("_ptr", "_desc"))}
-        assert pointers == set(shape.operands), name
+def test_every_kernel_stands_in_one_of_the_tables():
+    """A bound of what is not understood would be a guess."""
+    assert set(kernels()) == {*SHAPES, *ROWS, GROUPED}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_names_arguments_of_its_kernel(name):
+    shape, names = SHAPES[name], set(inspect.signature(kernels()[name].fn).parameters)
+    used = {*shape.operands, *shape.tile, *shape.tile.values()}
+    used |= {size for sizes in (*shape.operands.values(), *shape.products) for size in sizes}
+    assert {n for n in used if not n.startswith("#")} <= names
+    assert shape.outputs | shape.masked | shape.skipped <= set(shape.operands)
+    pointers = {n for n in names if n.endswith(("_ptr", "_desc"))}
+    indices = {n for n in pointers if n.endswith("_ids_ptr")}  # optional, a number for each token
+    assert pointers - SIDE - indices == set(shape.operands)
+
+
+def test_every_kernel_is_launched_but_for_descriptors():
+    found = launches()
+    missing = set(kernels()) - {launch.kernel for _, launch in found}
+    assert all("descriptor" in name for name in missing), missing
+    for what, launch in found:
+        cost = traffic(launch)
+        assert 0 < cost.ideal <= cost.tiled, what
+        assert (cost.flops > 0) == bool(
+            launch.kernel == GROUPED or (launch.kernel in SHAPES and SHAPES[launch.kernel].products)
+        ), what
+
+
+def test_one_weight_handed_over_three_times_is_read_once():
+    kept = importlib.import_module("slimkern.ops.kept_linear.triton")
+    index = meta(320, dtype=torch.int64)
+
+    def ideal(count: int) -> float:
+        with recorded() as found:
+            kept.kept_weights([meta(768, 768)] * count, [None] * count, [index] * count,
+                              None, torch.bfloat16, 64)  # fmt: skip
+        return traffic(found[0]).ideal
+
+    assert ideal(1) == 2 * (320 * 768) * 2 + 320 * 8
+    assert ideal(3) == 3 * ideal(1)
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(KeyError, match="_new_kernel"):
+        traffic(Launch("_new_kernel", (1,), {"x_ptr": meta(3)}))
 
 
 def test_what_is_recorded_is_not_run_and_the_kernels_come_back():
