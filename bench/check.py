@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,11 @@ from slimkern.report.speed_schema import PRECISIONS, Precision
 # Unit roundoff: half a unit in the last place, relative. A float32 held as the sum of two bfloat16
 # keeps 2^-16 of it: the second takes what the first left (at most 2^-8) and rounds it (2^-8).
 UNIT_FP32, UNIT_BF16, UNIT_BF16X2 = 2.0**-24, 2.0**-8, 2.0**-16
+UNIT_TF32 = 2.0**-11  # ten bits are kept
 # A reference below this fraction of the largest of its outputs is zero but for fp64's rounding.
 _VANISHING = 2.0**-40
+
+Device = Literal["cpu", "cuda"]
 
 
 class WrongOutput(AssertionError):  # noqa: N818 - what it says in a table of results
@@ -126,7 +130,7 @@ def _rms(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
 
 
-def bound(work: Work, precision: Precision, eager_error: float) -> float:
+def bound(work: Work, precision: Precision, eager_error: float, device: Device = "cpu") -> float:
     """What :func:`error` of an implementation may be at most.
 
     ``eager_error`` (plain PyTorch in the same precision against the same reference) says how far
@@ -147,7 +151,8 @@ def bound(work: Work, precision: Precision, eager_error: float) -> float:
     * ``fp32-high``: an operand is the sum of two bfloat16 numbers, which leaves 2^-16 of it, and of
       the four products of parts the smallest (2^-8 * 2^-8) is left out: three errors of 2^-16 for
       every two operands, ``sqrt(1.5 * stores) * 2^-16``; and three products, each with a rounding
-      of its own, are added up in the place of one: ``sqrt(3 * roundings) * 2^-24``.
+      of its own, are added up in the place of one: ``sqrt(3 * roundings) * 2^-24``. On a GPU
+      (``device``) it is TF32, which rounds both operands to 11 bits: ``sqrt(stores) * 2^-11``.
 
     ``work.stores`` counts tensors that are stored, among them all operands of products.
 
@@ -156,10 +161,11 @@ def bound(work: Work, precision: Precision, eager_error: float) -> float:
     """
     if not 0.0 <= eager_error < float("inf"):
         raise ValueError(f"eager_error is {eager_error}; accepted: a finite number, at least 0")
-    return eager_error + sum(number**0.5 * unit for number, unit in _roundings(work, precision))
+    found = _roundings(work, precision, device)
+    return eager_error + sum(number**0.5 * unit for number, unit in found)
 
 
-def worst_case(work: Work, precision: Precision) -> float:
+def worst_case(work: Work, precision: Precision, device: Device = "cpu") -> float:
     """What :func:`error` of plain PyTorch itself may be, which nothing else is held against.
 
     The rounding errors of :func:`bound`, but all of one sign, so that they add up in full. It is
@@ -168,13 +174,15 @@ def worst_case(work: Work, precision: Precision) -> float:
     Raises:
         ValueError: ``precision`` is unknown.
     """
-    return sum(number * unit for number, unit in _roundings(work, precision))
+    return sum(number * unit for number, unit in _roundings(work, precision, device))
 
 
-def _roundings(work: Work, precision: Precision) -> tuple[tuple[float, float], ...]:
+def _roundings(work: Work, precision: Precision, device: Device) -> tuple[tuple[float, float], ...]:
     """(number of independent rounding errors, what each is at most), as :func:`bound` derives."""
     if precision == "fp32":
         return ((work.roundings, UNIT_FP32),)
+    if precision == "fp32-high" and device == "cuda":
+        return ((work.roundings, UNIT_FP32), (work.stores, UNIT_TF32))
     if precision == "fp32-high":
         return ((3.0 * work.roundings, UNIT_FP32), (1.5 * work.stores, UNIT_BF16X2))
     if precision in ("fp32-medium", "bf16"):

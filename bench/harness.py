@@ -123,7 +123,7 @@ def _prepare_all(work: Work, suite: Suite) -> tuple[list[SpeedRow], list[_Candid
             if precision not in provider.precisions:
                 continue
             setting = Setting(precision, suite.threads, suite.device)
-            row = _new_row(work, done, provider, setting)
+            row = new_row(work, done, provider, setting)
             rows.append(row)
             suite.rows.append((row, done, setting))
             found = _prepare(provider, done, setting, row, reference, sticks)
@@ -132,7 +132,7 @@ def _prepare_all(work: Work, suite: Suite) -> tuple[list[SpeedRow], list[_Candid
     return rows, candidates
 
 
-def _new_row(work: Work, done: Work, provider: Provider, setting: Setting) -> SpeedRow:
+def new_row(work: Work, done: Work, provider: Provider, setting: Setting) -> SpeedRow:
     """Among the rows of ``work``; ``done`` is the work itself, or what it was before the cut."""
     return SpeedRow(
         level=work.level,
@@ -177,7 +177,7 @@ def _prepare(
         return None
     if grown is not None:
         row["peak_bytes"] = grown
-    row["bound"] = _bound(work, setting.precision, row["error"], sticks)
+    row["bound"] = allowed(work, setting, row["error"], sticks)
     if not row["error"] <= row["bound"]:
         row["failed"] = (
             f"its error against fp64 is {row['error']:.3g}, at most {row['bound']:.3g} is right"
@@ -186,15 +186,17 @@ def _prepare(
     return _Candidate(row, calls[0])
 
 
-def _bound(work: Work, precision: Precision, error: float, sticks: dict[Precision, float]) -> float:
+def allowed(work: Work, setting: Setting, error: float, sticks: dict[Precision, float]) -> float:
     """What the error may be; the first provider of a precision is the stick, and is held to the
     worst case of rounding."""
+    precision = setting.precision
+    device: check.Device = "cuda" if setting.device == "cuda" else "cpu"
     if precision not in sticks:
-        worst = check.worst_case(work, precision)
+        worst = check.worst_case(work, precision, device)
         if error <= worst:
             sticks[precision] = error
         return worst
-    return check.bound(work, precision, sticks[precision])
+    return check.bound(work, precision, sticks[precision], device)
 
 
 def _time(candidates: list[_Candidate], work: Work, suite: Suite, benchmark: Any) -> None:

@@ -62,27 +62,27 @@ def even(name: str, size: Size, ffn: int, heads: int) -> Cut:
 def layer_works(smoke: bool) -> list[Work]:
     """One encoder layer, dense and slim."""
     if smoke:
-        return _layer(TINY, None, ((3, 9),), smoke=True)
-    works = _layer(BGE_SMALL, None, SHAPES)
-    return works + _layer(BGE_SMALL, (320, 5), SHAPES)
+        return layer_at(TINY, None, ((3, 9),), smoke=True)
+    works = layer_at(BGE_SMALL, None, SHAPES)
+    return works + layer_at(BGE_SMALL, (320, 5), SHAPES)
 
 
 def model_works(smoke: bool) -> list[Work]:
     """Whole encoders."""
     if smoke:
-        works = _model(TINY, None, ((3, 9),), smoke=True)
-        return works + _model(TINY, Cut("slim", (31, 17), (1, 2)), ((3, 9),), smoke=True)
+        works = model_at(TINY, None, ((3, 9),), smoke=True)
+        return works + model_at(TINY, Cut("slim", (31, 17), (1, 2)), ((3, 9),), smoke=True)
     short: tuple[Shape, ...] = ((8, 128), (1, 16))
     works = []
     for cut in (None, even("slim", MINILM, 320, 5)):
-        works += _model(MINILM, cut, SHAPES, compiled=short, padded=((8, 128),))
+        works += model_at(MINILM, cut, SHAPES, compiled=short, padded=((8, 128),))
     slim = even("slim", BGE_SMALL, 320, 5)
-    works += _model(BGE_SMALL, None, SHAPES)
-    works += _model(BGE_SMALL, slim, SHAPES, compiled=((8, 128),))
-    works += _model(BGE_SMALL, even("slim 308", BGE_SMALL, 308, 5), SHAPES)
-    works += _model(BGE_SMALL, Cut("slim uneven", UNEVEN_FFN, UNEVEN_HEADS), SHAPES)
+    works += model_at(BGE_SMALL, None, SHAPES)
+    works += model_at(BGE_SMALL, slim, SHAPES, compiled=((8, 128),))
+    works += model_at(BGE_SMALL, even("slim 308", BGE_SMALL, 308, 5), SHAPES)
+    works += model_at(BGE_SMALL, Cut("slim uneven", UNEVEN_FFN, UNEVEN_HEADS), SHAPES)
     for cut in (None, even("slim", BGE_BASE, 640, 5)):
-        works += _model(BGE_BASE, cut, ((8, 128), (1, 128)))
+        works += model_at(BGE_BASE, cut, ((8, 128), (1, 128)))
     return works
 
 
@@ -94,14 +94,14 @@ def _hidden(batch: int, tokens: int, H: int) -> tuple[Tensor, ...]:
     return (normal("layer", batch, tokens, H),)
 
 
-def _layer(
+def layer_at(
     size: Size, kept: tuple[int, int] | None, shapes: tuple[Shape, ...], smoke: bool = False
 ) -> list[Work]:
     """A layer of ``size``, or cut to (FFN width, heads), without padding."""
     build: Callable[[], nn.Module] = partial(_build_layer, size)
     width, heads = kept or (size.width, size.heads)
     cut = kept and SlimBuild(build, partial(_hidden, 2, 8, size.H), (width,), (heads,))
-    whole = _layer(size, None, shapes, smoke) if cut else [None] * len(shapes)
+    whole = layer_at(size, None, shapes, smoke) if cut else [None] * len(shapes)
     works = []
     for (B, T), before in zip(shapes, whole):
         count = counts.layer(B, T, size.H, heads, size.H // size.heads, width)
@@ -147,7 +147,7 @@ def _tokens(size: Size, padded: bool, batch: int, tokens: int) -> tuple[Tensor, 
     return ids * mask, mask
 
 
-def _model(
+def model_at(
     size: Size,
     cut: Cut | None,
     shapes: tuple[Shape, ...],
@@ -160,7 +160,7 @@ def _model(
     made = cut and SlimBuild(build, partial(_tokens, size, False, 2, 8), cut.ffn, cut.heads)
     kept = cut or even("dense", size, size.width, size.heads)
     places = [*((False, s) for s in shapes), *((True, s) for s in padded)]
-    whole = _model(size, None, shapes, padded=padded) if cut else [None] * len(places)
+    whole = model_at(size, None, shapes, padded=padded) if cut else [None] * len(places)
     return [
         Work(
             level="model",

@@ -128,8 +128,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Both int64 [B, T] -> last hidden state [B, T, H]."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Both int64 [B, T] -> last hidden state [B, T, H]; without a mask nothing is padding."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 

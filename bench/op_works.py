@@ -56,7 +56,7 @@ def both_ways(make: Callable[..., Work], backward: bool) -> list[Work]:
     return [make(backward=False), *([make(backward=True)] if backward else [])]
 
 
-def _kept(kept: int | None, size: int) -> Tensor | None:
+def kept_index(kept: int | None, size: int) -> Tensor | None:
     if kept is None:
         return None
     generator = torch.Generator().manual_seed(size + kept)
@@ -66,7 +66,7 @@ def _kept(kept: int | None, size: int) -> Tensor | None:
 def _build_linear(case: Case) -> nn.Module:
     if case.R is None and case.C is None:
         return randomize(nn.Linear(case.K, case.N, case.bias))
-    rows, cols = _kept(case.R, case.N), _kept(case.C, case.K)
+    rows, cols = kept_index(case.R, case.N), kept_index(case.C, case.K)
     return randomize(IndexedLinear(case.N, case.K, rows, cols))
 
 
@@ -110,14 +110,14 @@ def _build_block_masked(case: BlockCase) -> nn.Module:
     return randomize(BlockMaskedLinear(case.N, case.K, case.block, _kept_blocks(case)))
 
 
-def block_work(case: BlockCase, smoke: bool) -> Work:
-    """Forward and backward of a linear of which a share of the blocks is kept: its limit is that
-    share of the products, and eager multiplies by the mask."""
+def block_work(case: BlockCase, smoke: bool, backward: bool = True) -> Work:
+    """A linear of which a share of the blocks is kept, forward and (unless told otherwise)
+    backward: its limit is that share of the products, and eager multiplies by the mask."""
     M, N, K = case.M, case.N, case.K
     share = float(_kept_blocks(case).float().mean())
     bn, bk = case.block
-    name = f"block-masked linear {K}->{N}, {bn}x{bk}, {share:.0%} kept fwd+bwd"
-    figures = counts.figures(counts.linear(M, K, N), M * K + M * N, M)
+    name = f"block-masked linear {K}->{N}, {bn}x{bk}, {share:.0%} kept" + backward * " fwd+bwd"
+    figures = counts.figures(counts.linear(M, K, N), M * K + M * N, M if backward else 0)
     figures["flops"] *= share
     return Work(
         level="op",
@@ -126,7 +126,7 @@ def block_work(case: BlockCase, smoke: bool) -> Work:
         build=partial(_build_block_masked, case),
         inputs=partial(_one, name, M, K),
         **figures,
-        backward=True,
+        backward=backward,
         smoke=smoke,
         tags=frozenset({"blocks"}),
     )

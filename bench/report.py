@@ -25,7 +25,6 @@ from typing import Any, cast
 
 from slimkern.report.speed_check import check_speed
 from slimkern.report.speed_compare import compare, comparison_text
-from slimkern.report.speed_page import write_speed_report
 from slimkern.report.speed_schema import SpeedResults
 from slimkern.report.speed_tables import full_tables, readme_table
 
@@ -106,6 +105,8 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
             del found[key]
         elif key in found:
             found[key] = _four(found[key])
+    if "bounds" in found:
+        found["bounds"] = {gpu: _four(value) for gpu, value in found["bounds"].items()}
     if "seconds" in found:
         found["seconds"] = [_four(value) for value in found["seconds"]]
     return found
@@ -131,7 +132,8 @@ def into_readme(
     return f"{parts[0]}{start}\n\n{table.strip()}\n\n{end}{rest[1]}"
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write a file at once or not at all, and say so; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
@@ -172,14 +174,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(asked: argparse.Namespace) -> int:
     results = load(asked.results)
     if asked.html:
+        from slimkern.report.speed_page import write_speed_report  # draws: matplotlib, jinja2
+
         print(f"wrote {write_speed_report(results, asked.html)}")
     if asked.markdown:
-        _write(asked.markdown, full_tables(results))
+        write(asked.markdown, full_tables(results))
     if asked.compact:
-        _write(asked.compact, compact(results))
+        write(asked.compact, compact(results))
     if asked.readme:
         text = asked.readme.read_text(encoding="utf-8")
-        _write(asked.readme, into_readme(text, readme_table(results), asked.readme.name))
+        write(asked.readme, into_readme(text, readme_table(results), asked.readme.name))
     if asked.base:
         return _compare(results, load(asked.base), asked.fail_above)
     if not (asked.html or asked.markdown or asked.compact or asked.readme):

@@ -116,12 +116,13 @@ def training_works(smoke: bool) -> list[TrainingWork]:
     With the optimizer at every sparsity, without it at the highest.
     """
     if smoke:
-        return [_work(SMOKE, s, optimizer=True, smoke=True) for s in (0.0, 0.8)]
-    steps = [_work(FULL, s, optimizer=True) for s in SPARSITIES]
-    return [*steps, _work(FULL, max(SPARSITIES), optimizer=False)]
+        return [step(SMOKE, s, optimizer=True, smoke=True) for s in (0.0, 0.8)]
+    steps = [step(FULL, s, optimizer=True) for s in SPARSITIES]
+    return [*steps, step(FULL, max(SPARSITIES), optimizer=False)]
 
 
-def _work(size: Size, sparsity: float, *, optimizer: bool, smoke: bool = False) -> TrainingWork:
+def step(size: Size, sparsity: float, *, optimizer: bool, smoke: bool = False) -> TrainingWork:
+    """One step at a sparsity of ``SPARSITIES``."""
     ffn, heads = size.kept(sparsity)
     name = f"{size.layers} x {size.width} masked step"
     return TrainingWork(
@@ -229,10 +230,10 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _reference(size: Size, sparsity: float) -> Outputs:
+def _reference(size: Size, sparsity: float, device: str = "cpu") -> Outputs:
     """The dense model in double, with the columns that masked units feed set to zero."""
     with torch.inference_mode(False), torch.enable_grad():
-        model = build(size)
+        model = build(size).to(device)
         plan = _plan(size, sparsity)
         model.double()
         for entry in plan:
@@ -241,7 +242,8 @@ def _reference(size: Size, sparsity: float) -> Outputs:
                 units = weight.detach().unflatten(1, (entry.group.num_units, member.unit_size))
                 gone = sorted(set(range(entry.group.num_units)) - set(entry.keep))
                 units[:, gone] = 0
-        loss = loss_of(model(*_inputs(size)), _target(size).double())
+        inputs = tuple(tensor.to(device) for tensor in _inputs(size))
+        loss = loss_of(model(*inputs), _target(size).to(device).double())
         loss.backward()
         return outputs_of(loss, probes(model, plan, slim=False))
 

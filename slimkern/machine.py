@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypedDict
@@ -22,6 +23,8 @@ class Machine(TypedDict, total=False):
     """``scalar, avx2, avx512, avx512_bf16, amx``: what slimkern's kernels use."""
     memory_gib: float
     gpu: str
+    driver: str
+    """Of the GPU, as its vendor numbers it."""
     system: str
 
 
@@ -38,6 +41,9 @@ def machine() -> Machine:
         found["memory_gib"] = memory
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(0)
+        driver = _gpu_driver()
+        if driver is not None:
+            found["driver"] = driver
     return found
 
 
@@ -95,6 +101,19 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _gpu_driver() -> str | None:
+    """The version of the GPU's driver as its vendor's tool tells it; None without the tool."""
+    if torch.version.hip is not None:
+        version = Path("/sys/module/amdgpu/version")
+        return version.read_text().strip() if version.exists() else None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def _usable_cores() -> int:

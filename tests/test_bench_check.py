@@ -220,3 +220,20 @@ def test_rows_that_nobody_attends_to_may_hold_anything_finite():
     assert check.error_of(work, (1.5 * got,), (want,)) == 0.5
     with pytest.raises(check.WrongOutput, match="NaN"):
         check.error_of(work, (got.masked_fill(~rows[..., None], float("nan")),), (want,))
+
+
+def test_on_a_gpu_high_precision_is_tf32():
+    """Operands of ten bits (and the one in front) pass there, and not where products are three."""
+    work = linear_work()
+    module, (x,) = _linear(), _x()
+
+    def narrow(t: Tensor) -> Tensor:
+        bits = t.detach().view(torch.int32)  # half a unit in the last place, then cut off
+        return ((bits + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+    y = F.linear(narrow(x).double(), narrow(module.weight).double(), module.bias.double())
+    found = error((y,), reference(work))
+    assert bound(work, "fp32-high", 0.0) < found <= bound(work, "fp32-high", 0.0, "cuda")
+    assert found <= check.worst_case(work, "fp32-high", "cuda")
+    for precision in ("fp32", "bf16"):
+        assert bound(work, precision, 0.0, "cuda") == bound(work, precision, 0.0)

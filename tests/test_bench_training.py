@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ EAGER = [p for p in training.training_providers() if not p.name.startswith("torc
 
 
 def tiny(sparsity: float, *, optimizer: bool = True) -> TrainingWork:
-    return training_cases._work(SMOKE, sparsity, optimizer=optimizer, smoke=True)
+    return training_cases.step(SMOKE, sparsity, optimizer=optimizer, smoke=True)
 
 
 def bound(work: TrainingWork, precision: Precision = "fp32") -> float:
@@ -65,8 +66,12 @@ def test_a_wrong_mask_is_found(provider: training.TrainingProvider, group: int) 
 
 
 def test_a_wrong_gradient_of_a_weight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = api.weight_grad
-    monkeypatch.setattr(api, "weight_grad", lambda *arguments: 1.001 * right(*arguments))
+    right = api.weight_grads
+
+    def wrong(*arguments: Any) -> list[torch.Tensor]:
+        return [1.001 * gradient for gradient in right(*arguments)]
+
+    monkeypatch.setattr(api, "weight_grads", wrong)
     work = tiny(0.5)
     outputs = training.SlimkernMasked().prepare(work, Setting("fp32"))()
     assert check.error(outputs, check.reference(work)) > 10 * bound(work)

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from speed_cases import MODELS, SHAPES, full_results, small_results
 
-from slimkern.report.drawing import TIMES
+from slimkern.report.signs import TIMES
 from slimkern.report.speed_check import check_speed
 from slimkern.report.speed_page import render_speed, write_speed_report
 from slimkern.report.speed_panels import OUTLIER, bar_panels, colours

@@ -59,10 +59,12 @@ class Slimkern(Provider):
         if self.isa == "scalar" and work.flops > SCALAR_FLOPS:
             return f"scalar code, and {work.flops:.1e} operations: over {SCALAR_FLOPS:.0e}"
         if not {"indexed", "blocks"} & work.tags:
-            if self.isa is None:
+            if self.backend == "reference" or (self.backend == "triton" and "linear" in work.tags):
                 return "no kernel for this work yet"
             if work.backward:
                 return "fused modules are for inference"
+            if self.isa is None:
+                return wrong_device(setting)
         elif self.isa is None:
             if setting.precision in ("fp32-high", "fp32-medium"):
                 return "no kernel for this precision yet: the same as fp32"

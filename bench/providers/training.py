@@ -103,9 +103,10 @@ class TrainingStep:
         self._inputs = tuple(x.to(setting.device) for x in work.inputs())
         self._target = work.target().to(setting.device)
         self._setting = setting
-        self.optimizer = (
-            torch.optim.AdamW(parameters, lr=0.0, fused=True) if work.optimizer else None
-        )
+        self.optimizer = None
+        if work.optimizer:
+            on_gpu = setting.device == "cuda"  # where a step may be captured in a CUDA graph
+            self.optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True, capturable=on_gpu)
 
     def __call__(self) -> Outputs:
         setting = self._setting

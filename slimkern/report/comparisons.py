@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from slimkern.report.drawing import DENSE, SLIM, STYLE, TIMES, TRACK, WARM, svg
+from slimkern.report.drawing import DENSE, SLIM, STYLE, TRACK, WARM, svg
 from slimkern.report.schema import Cost, Family, LatencyRow, MethodResult, Results
+from slimkern.report.signs import TIMES
 
 if TYPE_CHECKING:
     from slimkern.training.evaluation import Score

@@ -13,8 +13,6 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-MINUS, TIMES = "\u2212", "\u00d7"  # typographic, written so that nobody takes them for - and x
-
 INK, GRID, TRACK = "#010203", "#040506", "#070809"
 DENSE, SLIM, WARM = "#0a0b0c", "#0d0e0f", "#101112"
 PALETTE = tuple(f"#2{i}2{i}2{i}" for i in range(10))

@@ -15,8 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from slimkern.report.drawing import DENSE, INK, MINUS, SLIM, STYLE, TIMES, TRACK, WARM, svg
+from slimkern.report.drawing import DENSE, INK, SLIM, STYLE, TRACK, WARM, svg
 from slimkern.report.schema import HistoryPoint, LatencyRow, LayerWidth, Size
+from slimkern.report.signs import MINUS, TIMES
 
 if TYPE_CHECKING:
     from slimkern.training.evaluation import Score

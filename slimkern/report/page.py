@@ -13,8 +13,9 @@ from markupsafe import Markup
 
 from slimkern.report import comparisons, figures
 from slimkern.report.check import check
-from slimkern.report.figures import MINUS, TIMES, both
+from slimkern.report.figures import both
 from slimkern.report.schema import LatencyRow, Results, Size
+from slimkern.report.signs import MINUS, TIMES
 
 if TYPE_CHECKING:
     from slimkern.training.evaluation import Score

@@ -77,6 +77,9 @@ def _check_row(row: Any, name: str) -> None:
     for key in _COUNTS:
         if key in row and key not in _loose(row) and not _is_number(row[key]):
             raise ValueError(f"{name}: {key} is {row[key]!r}; accepted: a number, at least 0")
+    for gpu, value in (row.get("bounds") or {}).items():
+        if not _is_number(value):
+            raise ValueError(f"{name}: bounds[{gpu!r}] is {value!r}; accepted: a number of seconds")
     if "skipped" in row and "failed" in row:
         raise ValueError(f"{name} is both skipped and failed; accepted: one of them")
     if "skipped" in row or "failed" in row:

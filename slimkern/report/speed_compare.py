@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slimkern.report import speed_text as text
-from slimkern.report.drawing import TIMES
+from slimkern.report.signs import TIMES
 from slimkern.report.speed_read import BASES, is_own, read
 from slimkern.report.speed_schema import Precision, SpeedResults, SpeedRow
 from slimkern.timing import Ratio, ratio

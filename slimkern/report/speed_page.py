@@ -114,6 +114,8 @@ def render_speed(results: SpeedResults) -> str:
         tables=_ratio_tables(reading),
         reached=_reached_tables(reading),
         costs=_costs(reading, level) if level else [],
+        bounds=reading.bounds,
+        bounds_text=(text.BOUNDS_TITLE, text.BOUNDS_NOTE),
         skipped=[skipped_line(s) for s in reading.skipped],
         limits=[(x["name"], text.peak(x["value"], x["unit"])) for x in results.get("limits") or ()],
     )

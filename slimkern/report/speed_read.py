@@ -95,6 +95,21 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """What data sheets' peaks alone would take for a piece of work; a bound and no result.
+
+    Attributes:
+        work, shape, precision: of a block.
+        seconds: by GPU.
+    """
+
+    work: str
+    shape: str
+    precision: Precision
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A reason, and whom it kept out: (provider, precisions, number of cases)."""
 
@@ -137,6 +152,19 @@ class Reading:
     def levels(self) -> list[Level]:
         """The levels that have something to show."""
         return [level for level in LEVELS if self.of(level)]
+
+    @cached_property
+    def bounds(self) -> list[Bound]:
+        """Of every block that has them, once where blocks measure the same work in two ways."""
+        found: dict[tuple[object, ...], Bound] = {}
+        for b in self.blocks:
+            entry = next((e for e in b.entries.values() if not e.provider.endswith("dense")), None)
+            if entry is None or "bounds" not in entry.row:
+                continue
+            seconds = entry.row["bounds"]
+            same = (b.level, b.work.removesuffix(", launched"), b.shape, b.precision)
+            found.setdefault(same, Bound(b.work, b.shape, b.precision, seconds))
+        return list(found.values())
 
     def providers_of(self, blocks: Sequence[Block]) -> list[str]:
         """The providers with times or a failure in some of the blocks, in the page's order."""

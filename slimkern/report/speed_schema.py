@@ -57,6 +57,8 @@ class SpeedRow(TypedDict, total=False):
     reached is ``floor / min(seconds)``."""
     limit: str
     """The limit behind ``floor``: ``fp32 FMA``, ``bf16 dot``, ``L2 read``, ``memory read``, ..."""
+    bounds: dict[str, float]
+    """GPU -> seconds that the peaks of its data sheet alone would take: a bound, no result."""
     subject: bool
     """True for the row that pytest-benchmark itself carries."""
     skipped: str
@@ -95,6 +97,8 @@ class SpeedResults(TypedDict, total=False):
     versions: dict[str, str]
     threads: int
     rounds: int
+    smoke: bool
+    """True for a rehearsal, whose times mean nothing."""
     seconds: float
     """How long the whole run took."""
     limits: list[Limit]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from slimkern.report import speed_text as text
-from slimkern.report.drawing import TIMES
+from slimkern.report.signs import TIMES
 from slimkern.report.speed_read import Block, Entry, Reading, Skipped, is_own, read
 from slimkern.report.speed_schema import Precision, SpeedResults
 
@@ -61,7 +61,7 @@ def full_tables(results: SpeedResults) -> str:
             parts.append(_table(blocks, names, _time_cell))
             parts.append("Error against fp64 (relative, rms) and fraction of the limit reached:")
             parts.append(_table(blocks, names, _error_cell, last="limit"))
-    parts += [*_limits(results), *_left_out(reading)]
+    parts += [*_limits(results), *_bounds(reading), *_left_out(reading)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -141,6 +141,18 @@ def _limits(results: SpeedResults) -> list[str]:
     lines = [_row(["limit, measured", "peak"]), _row(["---", "---:"])]
     lines += [_row([x["name"], text.peak(x["value"], x["unit"])]) for x in limits]
     return ["## The machine's limits", "\n".join(lines)]
+
+
+def _bounds(reading: Reading) -> list[str]:
+    """Of several GPUs, by their data sheets."""
+    if not reading.bounds:
+        return []
+    gpus = list(dict.fromkeys(gpu for bound in reading.bounds for gpu in bound.seconds))
+    lines = [_row(["work", "shape", "", *gpus]), _row(["---"] * 3 + ["---:"] * len(gpus))]
+    for bound in reading.bounds:
+        cells = [text.ms(bound.seconds[g]) if g in bound.seconds else text.NONE for g in gpus]
+        lines.append(_row([bound.work, bound.shape, bound.precision, *cells]))
+    return ["## " + text.BOUNDS_TITLE, text.BOUNDS_NOTE, "\n".join(lines)]
 
 
 def _failures(reading: Reading) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimkern.report.drawing import TIMES
+from slimkern.report.signs import TIMES
 from slimkern.report.speed_schema import SpeedResults
 
 RANGE, NONE = "\u2013", "\u2013"  # the dash between two figures, and where there is none
@@ -20,6 +20,12 @@ PRECISION_NAMES = {
     "fp32-medium": "float32, matmul precision medium",
     "bf16": "bfloat16",
 }
+BOUNDS_TITLE = "Bounds by data sheet: no results"
+BOUNDS_NOTE = (
+    "Milliseconds that the peaks of a GPU's data sheet alone would take: the products at the full "
+    "rate of its matrix units, or every number moved once at that of its memory. Nothing here was "
+    "measured, and no kernel reaches it."
+)
 
 
 def ms(seconds: float) -> str:
@@ -28,11 +34,11 @@ def ms(seconds: float) -> str:
 
 
 def three(value: float) -> str:
-    """Three significant digits; whole numbers from 100 on."""
-    for limit, digits in ((100.0, 0), (10.0, 1), (1.0, 2), (0.1, 3)):
+    """Three significant digits (fewer below a thousandth); whole numbers from 100 on."""
+    for limit, digits in ((100.0, 0), (10.0, 1), (1.0, 2), (0.1, 3), (0.01, 4)):
         if abs(value) >= limit:
             return f"{value:,.{digits}f}"
-    return f"{value:.4f}"
+    return f"{value:.5f}"
 
 
 def times(value: float) -> str:
@@ -79,6 +85,8 @@ def first_line(results: SpeedResults) -> str:
     """What stands above every figure: machine, ISA, threads, versions, date."""
     here = results["machine"]
     parts = [str(here.get("gpu", "")), str(here.get("cpu", ""))]
+    if "driver" in here:
+        parts.insert(1, f"driver {here['driver']}")
     if "cores" in here:
         parts.append(plural(here["cores"], "core"))
     if "isa" in here:
