@@ -60,6 +60,7 @@ def way(request, monkeypatch):
     few, most = WAYS[request.param]
     monkeypatch.setattr(kernels, "_FEW_TOKENS", few)
     monkeypatch.setattr(kernels, "_MOST_KEPT", most)
+    monkeypatch.setattr(kernels, "_LEAST_PROGRAMS", 0)
     return request.param
 
 
