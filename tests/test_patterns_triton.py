@@ -7,12 +7,13 @@ import io
 import pytest
 import torch
 from pattern_cases import PATTERNS, Net, batch, started
-from test_block_masked_triton import DEVICES
 
 import slimkern
 from slimkern.patterns.masks import block_masked
 
 pytest.importorskip("triton", reason="Triton is not installed on this platform")
+
+from triton_cases import DEVICES
 
 RUNS = [(pattern, "snip_momentum", {}) for pattern in PATTERNS]
 RUNS += [("4x1", kind, {}) for kind in ("magnitude", "snip")]
