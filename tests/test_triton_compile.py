@@ -65,6 +65,8 @@ GOOD = Figures(96, 0, 64 << 10, 8, 0, ["HGMMA.64x128x16.F32"], {"matrix": 4}, {1
         ({}, ""),
         ({"spilled": 8}, "spills 8 bytes"),
         ({"loop": {"matrix": 4, "spill": 1}}, "local memory is used in its main loop"),
+        ({"loop": {"matrix": 4, "address": 90, "lane move": 5}}, "move spilled scalar"),
+        ({"loop": {"matrix": 4, "address": 92, "lane move": 4}}, ""),
         ({"shared": 228 << 10, "warps": 4}, "bytes of shared memory of 232448"),
         ({"tensor_memory": 513}, "columns of tensor memory"),
         ({"registers": 168}, "1 blocks of 8 warps fit a multiprocessor, 2 are intended"),

@@ -15,13 +15,14 @@ _KINDS = (
     ("global load", r"(global|buffer|flat)_load"),
     ("global store", r"(global|buffer|flat)_store"),
     ("spill", r"scratch_"),
+    ("lane move", r"v_(write|read)lane"),  # where scalar registers spill to: vector ones
     ("shared memory", r"ds_"),
     ("wait", r"s_(waitcnt|barrier|nop|sleep|setprio|sched)"),
     ("branch", r"s_(cbranch|branch|endpgm)"),
     ("conversion", r"v_cvt|v_perm"),
     ("float", r"v_(pk_)?(fma|mac|add_f|mul_f|sub_f|exp|log|rcp|sqrt|rsq|max_f|min_f|cmp_\w+_f)"),
     ("constant load", r"s_(load|buffer_load)"),
-    ("move", r"[sv]_(accvgpr|mov|cndmask|cselect|readfirstlane|readlane|bpermute)"),
+    ("move", r"[sv]_(accvgpr|mov|cndmask|cselect|readfirstlane|bpermute)"),
     ("address", r"[sv]_"),
 )
 _PATTERNS = tuple((kind, re.compile(pattern)) for kind, pattern in _KINDS)
@@ -76,10 +77,7 @@ def read(compiled: Any) -> Figures:
         code,
         loops,
         registers=field("vgpr_count"),
-        spilled=sum(
-            field(name)
-            for name in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        ),
+        spilled=field("vgpr_spill_count") + field("private_segment_fixed_size"),
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
     )

@@ -9,6 +9,7 @@ from tests.compile.code import Figures
 from tests.compile.matrix import Row
 from tests.compile.targets import TARGETS, Target
 
+LANE_MOVES = 0.05  # of a loop: scalar registers that spill go to vector ones, never to memory
 TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100
 
 
@@ -38,6 +39,9 @@ def _resources(figures: Figures, promise: Promise, target: Target) -> Iterator[s
         yield f"spills {figures.spilled} bytes"
     if figures.loop.get("spill"):
         yield "local memory is used in its main loop"
+    moves = figures.loop.get("lane move", 0)
+    if moves > LANE_MOVES * sum(figures.loop.values()):
+        yield f"{moves} instructions of its main loop move spilled scalar registers"
     if figures.shared > target.shared_block:
         yield f"takes {figures.shared} bytes of shared memory of {target.shared_block}"
     if figures.tensor_memory > TENSOR_MEMORY:

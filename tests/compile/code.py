@@ -24,7 +24,7 @@ class Figures:
 
     Attributes:
         registers: per thread.
-        spilled: bytes (AMD: registers) of stack, local memory and spills.
+        spilled: bytes of stack and local memory, and on AMD GPUs the vector registers there.
         shared: bytes per block.
         warps: per block.
         tensor_memory: columns, on sm_100.

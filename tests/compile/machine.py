@@ -178,7 +178,8 @@ def _launch(kernel: Any, bound: dict[str, Any], compiled: Any) -> Launch:
 
     constant = {param.name for param in kernel.params if param.is_constexpr}
     constants = {name: value for name, value in bound.items() if name in constant}
-    tensors = [getattr(value, "base", value) for value in bound.values()]
+    flat = [v for value in bound.values() for v in (value if isinstance(value, tuple) else [value])]
+    tensors = [getattr(value, "base", value) for value in flat]  # of a descriptor
     tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
     sizes = [value.element_size() for value in tensors if value.is_floating_point()]
     others = {value.element_size() for value in tensors if not value.is_floating_point()}

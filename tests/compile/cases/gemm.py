@@ -41,6 +41,7 @@ def _products(meta: Meta, dtype: str, kept: int, full: bool, narrow: str) -> Ite
     x, w, up, gy = make(M, K), make(kept, K), make(kept, K), make(M, kept)
     calls = {
         "product": partial(_gemm.product, x, w, make(kept), activation="gelu"),
+        "product back": partial(_gemm.product, gy, make(K, kept), make(K), residual=x),
         "product of few tokens": partial(_gemm.product, make(63, K), w, make(kept)),
         "gated": partial(_gemm.gated_product, x, w, up, make(kept), make(kept), activation="silu"),
         "dx": partial(_gemm.product_dx, gy, w),
