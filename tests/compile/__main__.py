@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,9 @@ def main() -> int:
         print(text)
     print("\n".join(wrong) or "nothing is wrong", file=sys.stderr)
     seconds = time.monotonic() - started
-    print(f"{len(rows)} kernels in {seconds:.0f} s, {len(wrong)} wrong", file=sys.stderr)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = f"{seconds:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of processor time"
+    print(f"{len(rows)} kernels in {spent}: {len(wrong)} complaints", file=sys.stderr)
     return 1 if wrong else 0
 
 
