@@ -36,6 +36,7 @@ from slimkern.ops._tile import (
     Tile,
     alignment,
     bucket,
+    capability,
     check_dtype,
     choose_tile,
     contiguous,
@@ -206,8 +207,10 @@ def _run_gated(
     stores = describable(y)
     between_rows = (max(gate.stride()), max(up.stride()))  # a transposed weight's are its second
     align = alignment(N, x.stride(0), *between_rows, y.stride(0))
-    # There are two tiles of sums: the largest configurations would spill.
-    tiles = DESCRIPTOR_TILES[1:] if by_descriptor else tiles_for(x, align)[1:]
+    # There are two tiles of sums: the largest configurations would spill, and one more of them
+    # where sums are read back from tensor memory.
+    first = 2 if by_descriptor and capability(x) >= 100 else 1
+    tiles = (DESCRIPTOR_TILES if by_descriptor else tiles_for(x, align))[first:]
 
     def attempt(tile: Tile) -> None:
         programs = triton.cdiv(M, tile.a) * triton.cdiv(N, tile.b)
