@@ -76,12 +76,13 @@ def _large(row: Row) -> bool:
 
 
 def _loads(row: Row, figures: Figures, promise: Promise, target: Target) -> Iterator[str]:
-    if promise.narrow or row.narrow or figures.tma:
+    small = promise.matrix and _small_operand(row, figures, target)
+    if promise.narrow or row.narrow or figures.tma or small:
         return
     wide = sum(count for size, count in figures.loads.items() if size >= 16)
     if not wide:
         yield f"has no 16-byte load in its main loop: {figures.loads}"
-    if not promise.matrix or _small_operand(row, figures, target):
+    if not promise.matrix:
         return
     narrow = {size: n for size, n in figures.loads.items() if size < 16}
     for size in row.indices:

@@ -167,7 +167,7 @@ _HALF_TILES = (
     Tile(16, _OUTPUTS, 64, warps=4, stages=4),
 )
 _FLOAT_TILES = (
-    Tile(64, _OUTPUTS, 16, warps=8, stages=4),
+    Tile(64, _OUTPUTS, 16, warps=8, stages=2),  # deeper, sm_80 has no registers for it
     Tile(32, _OUTPUTS, 16, warps=4, stages=4),
     Tile(16, _OUTPUTS, 16, warps=4, stages=4),
 )
