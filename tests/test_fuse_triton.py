@@ -113,6 +113,19 @@ def test_a_bias_per_head_with_every_mask(form, device, poisoned):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_autocast_changes_nothing(kind, device):
+    weights = cast(make_weights(kind, SHAPES[0]), torch.float32)
+    packed = PACK[kind](moved(weights, device), math="fp32", backend="triton")
+    x = make_x(SHAPES[0], torch.float32).to(device)
+    with torch.no_grad():
+        want = CALL[kind](x, packed)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            got = CALL[kind](x, packed)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("math", ["tf32", "bf16"])
 @pytest.mark.parametrize("kind", CALL)
 def test_float32_computed_with_narrower_products(kind, math, device, poisoned):

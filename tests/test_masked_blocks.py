@@ -299,3 +299,47 @@ def test_dropout_in_training(family):
     assert far.abs().max() < 5
     ratio = in_block.var(0).mean() / by_linears.var(0).mean()
     assert 0.9 < ratio < 1.1
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_sequence_of_nothing_but_padding_in_training(added):
+    """As PyTorch's attention: queries that see no key get zeros, and no gradient is NaN."""
+    masked, _ = masked_pair("bert", attention_probs_dropout_prob=0.5)
+    layer = layer_of(masked).train()
+    for name in ("attention.output.dropout", "output.dropout"):
+        layer.get_submodule(name).p = 0.0
+    x = torch.randn(2, 5, tiny_models.HIDDEN, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
+    mask[1] = False
+    if added:
+        mask = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+    y = layer(x, mask)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    torch.testing.assert_close(y[1], layer.eval()(x, mask)[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropouts_of_another_kind(family):
+    """A dropout that was taken out drops nothing; one of another kind is the linears' business."""
+    masked, dense = masked_pair(family)
+    given, seen = tiny_models.text_inputs(), masked_entries(masked)
+    layer = layer_of(masked)
+    for name in filter(None, layer.drops):
+        layer.set_submodule(name, nn.Identity())
+    assert layer.aside() is None
+    assert_equal_steps(step(masked, given), step(dense, given), seen)
+    layer.set_submodule(layer.drops[2], nn.AlphaDropout(0.1))
+    assert "no plain dropout" in layer.aside()
+    assert_equal_steps(step(masked.eval(), given), step(dense.eval(), given), seen)
+
+
+def test_a_mask_of_tokens_is_left_to_the_plain_forward(monkeypatch):
+    """Flash attention gets one: of two dimensions, which would be broadcast over queries."""
+    masked, _ = masked_pair("bert")
+    layer, calls = layer_of(masked), []
+    monkeypatch.setattr(type(layer), "_attend", lambda *_: calls.append(1))
+    x = torch.randn(5, 5, tiny_models.HIDDEN, dtype=torch.float64)
+    layer(x, torch.ones(5, 5, dtype=torch.bool))
+    assert not calls

@@ -76,6 +76,9 @@ class MaskedBlock(nn.Module):
         for name in block.norms():
             if type(self.get_submodule(name)) not in (nn.LayerNorm, nn.RMSNorm):
                 return f"{name} is no plain norm any more"
+        for name in filter(None, self.drops):
+            if type(self.get_submodule(name)) not in (nn.Dropout, nn.Identity):
+                return f"{name} is no plain dropout"
         config = self._config()
         if getattr(config, "output_attentions", False):
             return "attention maps are asked for"
@@ -84,8 +87,10 @@ class MaskedBlock(nn.Module):
     def _config(self) -> Any:
         return None
 
-    def _takes(self, given: dict[str, Any]) -> bool:
-        """Whether the block computes a call with these arguments."""
+    def _takes(self, given: dict[str, Any], mask: Tensor | None = None) -> bool:
+        """Whether the block computes a call with these arguments, and this attention mask."""
+        if mask is not None and mask.dim() != 4:  # flash attention has masks of tokens
+            return False
         for name in given:
             if name in _UNKNOWN and given[name] is not None and given[name] is not False:
                 return False
@@ -96,8 +101,8 @@ class MaskedBlock(nn.Module):
         name = self.drops[which]
         if name is None:
             return 0.0
-        dropout: Any = self.get_submodule(name)
-        return float(dropout.p) if dropout.training else 0.0
+        dropout = self.get_submodule(name)
+        return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def _linear(self, name: str) -> LinearWeights:
         linear: Any = self.get_submodule(name)

@@ -29,7 +29,7 @@ class BertLayer(MaskedBlock):
     ) -> Any:
         """[B, T, hidden] -> [B, T, hidden]."""
         more = (encoder_hidden_states, encoder_attention_mask, past_key_values)
-        if any(given is not None for given in more) or not self._takes(kwargs):
+        if any(given is not None for given in more) or not self._takes(kwargs, attention_mask):
             return super().forward(hidden_states, attention_mask, *more, **kwargs)
         y = self._attend(hidden_states, attention_mask)
         part = self.masked_block.ffn
@@ -57,7 +57,7 @@ class BertAttention(MaskedBlock):
     ) -> Any:
         """As the plain attention's, with no attention map."""
         more = (encoder_hidden_states, encoder_attention_mask, past_key_values)
-        if any(given is not None for given in more) or not self._takes(kwargs):
+        if any(given is not None for given in more) or not self._takes(kwargs, attention_mask):
             return super().forward(hidden_states, attention_mask, *more, **kwargs)
         return self._attend(hidden_states, attention_mask), None
 
@@ -75,7 +75,7 @@ class DistilBertLayer(MaskedBlock):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """[B, T, hidden] -> [B, T, hidden]."""
-        if not self._takes(kwargs):
+        if not self._takes(kwargs, attention_mask):
             return super().forward(hidden_states, attention_mask, **kwargs)
         y = self._attend(hidden_states, attention_mask)
         part = self.masked_block.ffn
@@ -96,7 +96,7 @@ class DistilBertAttention(MaskedBlock):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """As the plain attention's, with no attention map."""
-        if not self._takes(kwargs):
+        if not self._takes(kwargs, attention_mask):
             return super().forward(hidden_states, attention_mask, **kwargs)
         return self._attend(hidden_states, attention_mask), None
 
@@ -116,7 +116,7 @@ class MPNetLayer(MaskedBlock):
         **kwargs: Any,
     ) -> Any:
         """[B, T, hidden] -> [B, T, hidden], in a tuple."""
-        if output_attentions or not self._takes(kwargs):
+        if output_attentions or not self._takes(kwargs, attention_mask):
             return super().forward(
                 hidden_states, attention_mask, position_bias, output_attentions, **kwargs
             )

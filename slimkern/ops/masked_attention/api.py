@@ -103,16 +103,21 @@ def _attend(
     """softmax(scale q kᵀ + mask) v, [B, heads, T, d], by torch.
 
     Where something is dropped on a CPU, torch takes plain products and a dropout that draws its
-    numbers one by one; here it is the products with `slimkern`'s own.
+    numbers one by one; here it is the products with `slimkern`'s own. There as here, a query that
+    sees no key gets zeros.
     """
     if p == 0.0 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, scale=scale)
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(2, 3)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        scores = scores + mask
-    return drop(scores.softmax(-1), p) @ v
+    if mask is None:
+        return drop(scores.softmax(-1), p) @ v
+    kept = mask if mask.dtype == torch.bool else mask > -torch.inf
+    blind = kept.any(-1, keepdim=True).logical_not()  # all keys to them, as no key gives NaN
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill((kept | blind).logical_not(), -torch.inf)
+    else:
+        scores = scores + mask.masked_fill(blind, 0.0)
+    return (drop(scores.softmax(-1), p) @ v).masked_fill(blind, 0.0)
 
 
 def _check(
