@@ -222,6 +222,16 @@ def test_a_list_is_made_once_for_each_state_of_a_mask(device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_the_same_bits_are_lists_of_their_own_for_other_blocks(device):
+    bits = torch.tensor([[1], [1]], dtype=torch.uint8, device=device)
+    masks = (((1, 32), (2, 256), 1), ((32, 64), (64, 512), 2))
+    for block, shape, kept in masks * 2:
+        made = _block_tiles.schedule(bits, block, shape, 64)
+        assert made.steps.shape == (1, shape[1] // 32)
+        assert made.counts.tolist() == [kept]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_tail_does_not_read_the_next_row(device):
     """Sizes that no tile divides, in buffers whose neighbours are NaN."""
     wide = torch.full((19, 140), float("nan"), device=device)

@@ -13,6 +13,7 @@ from triton_cases import (
     DTYPE_IDS,
     DTYPES,
     GPU,
+    INTERPRETED,
     assert_sum_of_products,
     skip_interpreted_bf16,
 )
@@ -259,6 +260,39 @@ def test_neighbours_are_a_view():
     assert torch.equal(_gemm.kept_part(w, a_run, None), w[24:40])
     a_run[3] += 30
     assert torch.equal(_gemm.kept_part(w, a_run.sort().values, None), w[a_run.sort().values])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_of_the_weight_into_rows_of_any_distance(device):
+    gy, x = (torch.randn(40, 32, device=device) for _ in range(2))
+    wide = torch.full((32, 37), 7.0, device=device)
+    _gemm.product_dw(gy, x, out=wide[:, :32])
+    torch.testing.assert_close(wide[:, :32], gy.t() @ x)
+    assert (wide[:, 32:] == 7).all(), "written behind a row's end"
+
+
+@pytest.mark.parametrize(
+    ("capability", "found"), [(0, False), (89, False), (90, True), (103, True), (120, False)]
+)
+def test_gpus_with_too_little_memory_take_no_descriptors(capability, found, monkeypatch):
+    monkeypatch.setattr(_gemm_configs, "capability", lambda tensor: capability)
+    assert _gemm_configs.has_descriptors(torch.zeros(8, 8, dtype=torch.bfloat16)) == found
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not set")
+def test_tiles_of_a_float32_residual_fit_in_shared_memory(monkeypatch):
+    # Compiled for sm_90 they take these bytes: the stages of the operands, and in the epilogue the
+    # residual and the result, of halves of a tile where it is wide.
+    monkeypatch.setattr(_gemm_configs, "capability", lambda tensor: 90)
+    offered = []
+    monkeypatch.setattr(_gemm_product, "fastest", lambda *a, **k: offered.extend(a[3]) or a[4])
+    x, w = (torch.randn(16, 64).half() for _ in range(2))
+    residual, y = torch.randn(16, 16), torch.empty(16, 16)
+    _gemm.product(x, w, residual=residual, out=y)
+    torch.testing.assert_close(y, x.float() @ w.float().t() + residual)
+    for tile in offered:
+        stages = (tile.a + tile.b) * tile.k * 2 * tile.stages
+        assert stages + 2 * tile.a * min(tile.b, 128) * 4 < 227 << 10, tile
 
 
 def test_configurations_that_a_gpu_cannot_hold_are_not_tried():

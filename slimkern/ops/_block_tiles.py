@@ -134,9 +134,16 @@ class Schedule:
 
 @dataclass
 class _Known:
-    """What is known of the bits of a mask, as long as they don't change."""
+    """What is known of the bits of a mask, as long as they don't change.
 
-    version: int
+    Attributes:
+        state: as of `_state`, when they were read.
+        stream: on which they were read.
+        flags: as of `_flags`.
+        schedules: by the outputs of a tile, and whether the weight is turned.
+    """
+
+    state: tuple[int, ...]
     stream: int
     flags: Tensor
     schedules: dict[tuple[int, bool], Schedule] = field(default_factory=dict)
@@ -145,13 +152,18 @@ class _Known:
 _known = WeakIdKeyDictionary()
 
 
+def _state(bits: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, ...]:
+    """What flags are made from: the version of the bits, and the mask that they are taken for."""
+    return (bits._version, *block, *shape)
+
+
 def schedule(
     bits: Tensor, block: tuple[int, int], shape: tuple[int, int], tile: int, turned: bool = False
 ) -> Schedule:
     """The schedule of a product with a masked weight, made once for each state of its mask.
 
-    Bits are told apart by their tensor and its version counter. While a CUDA graph is captured,
-    lists are made anew, within it: its replays follow bits that change.
+    Masks are told apart by their bits' tensor, its version counter, blocks and shape. While a CUDA
+    graph is captured, lists are made anew, within it: its replays follow bits that change.
 
     Args:
         bits, block, shape: as of :class:`slimkern.ops.BlockMask`.
@@ -177,7 +189,7 @@ def kept_share(
     """
     if _capturing(bits):
         known = None if bits.is_inference() else _known.get(bits)
-        if known is None or known.version != bits._version:
+        if known is None or known.state != _state(bits, block, shape):
             return None
         found = known.schedules.get((tile, turned))
         return None if found is None else found.share
@@ -190,12 +202,13 @@ def kept_share(
 
 def _look_up(bits: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> _Known:
     if bits.is_inference() or _capturing(bits):
-        return _Known(0, 0, _flags(bits, block, shape))
+        return _Known((), 0, _flags(bits, block, shape))
     # Another stream could read a list before this one has written it: each has its own.
     stream = torch.cuda.current_stream(bits.device).cuda_stream if bits.is_cuda else 0
     known = _known.get(bits)
-    if known is None or (known.version, known.stream) != (bits._version, stream):
-        known = _Known(bits._version, stream, _flags(bits, block, shape))
+    state = _state(bits, block, shape)
+    if known is None or (known.state, known.stream) != (state, stream):
+        known = _Known(state, stream, _flags(bits, block, shape))
         _known[bits] = known
     return known
 

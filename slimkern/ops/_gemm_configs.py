@@ -38,7 +38,8 @@ FLOAT_TILES = (
     Tile(32, 64, 16, warps=4, stages=3),
     Tile(16, 64, 16, warps=4, stages=3),
 )
-# For tensor descriptors: GPUs that have them have 227 KiB of shared memory for a program.
+# For tensor descriptors: GPUs of compute capability 9 to 11 have 227 KiB of shared memory for a
+# program. Those of 12 have descriptors too, but 99 KiB: they take the pointer kernels.
 DESCRIPTOR_TILES = (
     Tile(128, 256, 64, warps=8, stages=3),
     Tile(128, 128, 64, warps=8, stages=4),
@@ -64,9 +65,12 @@ def tiles_for(like: Tensor, align: int) -> tuple[Tile, ...]:
 
 
 def has_descriptors(tensor: Tensor) -> bool:
-    """Whether tensors of this dtype and device may be loaded by descriptor: halves since Hopper."""
+    """Whether tensors of this dtype and device are loaded by descriptor.
+
+    Halves on GPUs from Hopper on whose programs may take the shared memory that the tiles need.
+    """
     halves = tensor.dtype.itemsize == 2 and TensorDescriptor is not None
-    return halves and capability(tensor) >= 90
+    return halves and 90 <= capability(tensor) < 120
 
 
 def describable(tensor: Tensor) -> bool:

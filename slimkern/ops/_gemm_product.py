@@ -150,8 +150,10 @@ def _by_descriptors(p: Product) -> None:
         )  # fmt: skip
 
     # Registers: the largest tiles have none left for the addresses of what they store, and the
-    # widest none for an activation where sums are read back from tensor memory.
-    first = 2 if not stores else 1 if capability(p.x) >= 100 else 0
+    # widest none for an activation where sums are read back from tensor memory. Shared memory: a
+    # tile of a float32 residual takes as much as two stages of operands.
+    wide = p.residual is not None and p.residual.element_size() > 2
+    first = 2 if wide or not stores else 1 if capability(p.x) >= 100 else 0
     tiles = DESCRIPTOR_TILES[first:]
     tile = choose_tile(tiles, bucket(M), N)
     sizes = (bucket(M), N, K, p.transposed, stores)

@@ -171,6 +171,8 @@ def _run_dw(gy: Tensor, x: Tensor, rows: Tensor | None, cols: Tensor | None, gra
     exactness = precision(x.dtype)
     by_descriptor = M > 0 and has_descriptors(x) and describable(gy) and describable(x)
     align = alignment(R, C, gy.stride(0), x.stride(0))
+    if rows is None and cols is None:
+        align = alignment(align, grad.stride(0))  # what tiles are written to, where not in slices
     tiles = DESCRIPTOR_TILES[1:] if by_descriptor else tiles_for(x, align)
     if tiles is NARROW_TILES:
         tiles = tiles[1:]  # both operands are narrow here: the largest tile would spill

@@ -12,9 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import JITFunction
 
+# Before Triton 3.3 a compiled kernel took the arguments that were not constants to it, and no
+# others: which those are is left to Triton there.
+_REMEMBERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 _MOST = 16384  # launches remembered; a program with more shapes than that starts over
 _found: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
@@ -64,6 +68,8 @@ def _launch(
         compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
         return
     compiled = kernel[grid](*arguments, **constants)
+    if not _REMEMBERS:
+        return
     rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
     if len(_found) >= _MOST:
         _found.clear()
