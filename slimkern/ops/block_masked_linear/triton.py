@@ -180,9 +180,9 @@ _HALF_DW_TILES = (
 )
 _FLOAT_DW_TILES = (Tile(_OUTPUTS, 64, 16, warps=4, stages=3),)
 _GROUP = 8  # rows of tiles per group of the swizzle
-# Where each way begins is reasoned, not measured: a product of gathered tiles came to between a
-# half and two thirds of cuBLAS's rate on an H100, so a list has to leave out half of the steps; and
-# applying bits to a tile costs about as much for four tiles of tokens as writing a masked copy.
+# Where each way begins is reasoned, not measured: a product of gathered tiles is expected to reach
+# about half of cuBLAS's rate, so a list has to leave out half of the steps; and applying bits to a
+# tile costs about as much for four tiles of tokens as writing a masked copy.
 _MOST_KEPT = 0.5  # of all steps; above, going through a list is slower than a plain product
 _FEW_TOKENS = 256  # up to so many, the weight is masked while it is loaded
 _LEAST_PROGRAMS = 128  # of dW by lists, whose tokens are not cut into slices; a large GPU's worth
