@@ -343,3 +343,15 @@ def test_a_mask_of_tokens_is_left_to_the_plain_forward(monkeypatch):
     x = torch.randn(5, 5, tiny_models.HIDDEN, dtype=torch.float64)
     layer(x, torch.ones(5, 5, dtype=torch.bool))
     assert not calls
+
+
+def test_norms_of_another_dtype_are_left_to_the_linears():
+    """A bfloat16 model with float32 norms trains, as the plain one does."""
+    masked, _ = masked_pair("bert")
+    masked.bfloat16()
+    for module in masked.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    assert "another dtype" in layer_of(masked).aside()
+    masked(**tiny_models.text_inputs())[0].float().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in masked.parameters())

@@ -129,3 +129,13 @@ def test_fake_tensors_pass_through():
         assert y.shape == (3, 7, 4)
         y.sum().backward()
         assert weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_ops_keep_their_dtypes_under_autocast(backend):
+    """Autocast is the callers' affair: inside an op nothing is cast again."""
+    x, weight = torch.randn(5, 6), torch.randn(4, 6)
+    want = torch.ops.slimkern.indexed_linear_fwd(x, weight, None, None, None, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.ops.slimkern.indexed_linear_fwd(x, weight, None, None, None, backend)
+    assert torch.equal(got, want)

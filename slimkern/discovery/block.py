@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 BlockKind = Literal["encoder_layer", "attention_block", "ffn"]
+# Arguments that layers pass down to attention, and that no block of ours computes with.
+FOREIGN_ARGUMENTS = frozenset({
+    "output_attentions", "encoder_hidden_states", "encoder_attention_mask", "past_key_values",
+    "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "softcap",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkern.discovery.block import FOREIGN_ARGUMENTS
 from slimkern.nn.packs import OPS, Packs
 from slimkern.ops import common_slice
 
@@ -24,11 +25,6 @@ _PER_QUERY = (
 _PER_SEQUENCE = (
     f"the position bias is not the same for every sequence, as fused modules need it. {UNFUSE}"
 )
-# Arguments that layers pass down to attention, and that fused modules do not know.
-_UNKNOWN = frozenset({
-    "output_attentions", "encoder_hidden_states", "encoder_attention_mask", "past_key_values",
-    "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "softcap",
-})  # fmt: skip
 
 
 def keys_of(mask: Tensor) -> Tensor:
@@ -88,7 +84,7 @@ class FusedModule(nn.Module):
                 f"model.eval() for inference; to train, {UNFUSE}"
             )
         for name in given:
-            if name in _UNKNOWN and given[name] is not None and given[name] is not False:
+            if name in FOREIGN_ARGUMENTS and given[name] is not None and given[name] is not False:
                 what = "attention maps" if name == "output_attentions" else name
                 raise RuntimeError(
                     f"{type(self).__name__} has no {what} ({name} is given). {UNFUSE}"

@@ -14,18 +14,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from slimkern.discovery.block import AttentionPart, Block, FfnPart, NormPart
+from slimkern.discovery.block import (
+    FOREIGN_ARGUMENTS,
+    AttentionPart,
+    Block,
+    FfnPart,
+    NormPart,
+)
 from slimkern.nn.masked import MaskedLinear
 from slimkern.ops._weights import AttentionWeights, FfnWeights, LinearWeights, NormWeights
 from slimkern.ops.masked_attention import Kept, masked_attention
 from slimkern.ops.masked_ffn import masked_ffn
 
 Drops = tuple[str | None, str | None, str | None]
-# Arguments that layers pass down to attention, and that masked blocks leave to the plain forward.
-_UNKNOWN = frozenset({
-    "output_attentions", "encoder_hidden_states", "encoder_attention_mask", "past_key_values",
-    "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "softcap",
-})  # fmt: skip
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
@@ -73,9 +74,13 @@ class MaskedBlock(nn.Module):
             part = self.get_submodule(name)
             if type(part) not in (nn.Linear, MaskedLinear) or "weight" not in part._parameters:
                 return f"{name} is no plain linear any more"
+        dtype = self.get_submodule(block.linears()[0]).weight.dtype
         for name in block.norms():
-            if type(self.get_submodule(name)) not in (nn.LayerNorm, nn.RMSNorm):
+            norm = self.get_submodule(name)
+            if type(norm) not in (nn.LayerNorm, nn.RMSNorm):
                 return f"{name} is no plain norm any more"
+            if norm.weight is not None and norm.weight.dtype != dtype:
+                return f"{name} has another dtype than the linears"
         for name in filter(None, self.drops):
             if type(self.get_submodule(name)) not in (nn.Dropout, nn.Identity):
                 return f"{name} is no plain dropout"
@@ -92,7 +97,7 @@ class MaskedBlock(nn.Module):
         if mask is not None and mask.dim() != 4:  # flash attention has masks of tokens
             return False
         for name in given:
-            if name in _UNKNOWN and given[name] is not None and given[name] is not False:
+            if name in FOREIGN_ARGUMENTS and given[name] is not None and given[name] is not False:
                 return False
         return self.aside() is None
 

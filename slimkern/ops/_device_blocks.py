@@ -184,9 +184,6 @@ def _context(
     block: Block, x: Tensor, mask: Tensor | None, head_bias: Tensor | None, B: int, T: int
 ) -> Tensor:
     """``softmax(scale q kᵀ + masks) v`` of the kept heads, [M, heads * head_dim]."""
-    if torch.is_autocast_enabled(x.device.type):  # the pack says in what is multiplied
-        with torch.autocast(x.device.type, enabled=False):
-            return _context(block, x, mask, head_bias, B, T)
     spec = block.spec
     weight = block.get("qkv.weight")
     assert weight is not None

@@ -180,7 +180,9 @@ def define_op(
     OPS[name] = Op(name, backends, passes or (usual,))
 
     def compute(*args: Any) -> Any:
-        return _implementation(package, args[-1], name)(*args[:-1])
+        # What autocast asks for was done above; inside, a product keeps the dtypes it was given.
+        with torch._C._DisableAutocast():
+            return _implementation(package, args[-1], name)(*args[:-1])
 
     def fake_with_backend(*args: Any) -> Any:
         return fake(*args[:-1])

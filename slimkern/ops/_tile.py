@@ -136,9 +136,9 @@ def choose_tile(tiles: Sequence[Tile], a: int, b: int, slices: int = 1) -> Tile:
 def splits(programs: int, steps: int, least_steps: int = 4) -> int:
     """Into how many slices a reduction of ``steps`` blocks is cut so that the GPU has work.
 
-    The rounds that programs take, and what it takes to write and read a sum once more: on an H100
-    as much as a dozen blocks of its reduction. It depends on sizes alone, never on the device, so
-    that sums are taken in the same order everywhere.
+    The rounds that programs take, and what it takes to write and read a sum once more, put
+    at a dozen blocks of its reduction. It depends on sizes alone, never on the device, so that sums
+    are taken in the same order everywhere.
     """
     programs = max(programs, 1)
 

@@ -65,7 +65,8 @@ class MaskedQkvFn(torch.autograd.Function):
         ctx.shape, ctx.weights = wq.shape, (wq.dtype, wk.dtype, wv.dtype)
         ctx.biases = tuple(None if b is None else b.dtype for b in (bq, bk, bv))
         ctx.x, ctx.by = (x.shape, x.dtype), by
-        heads = y.to(out).view(B, T, 3, -1, head_dim).permute(2, 0, 3, 1, 4)
+        count = y.shape[1] // (3 * head_dim)
+        heads = y.to(out).view(B, T, 3, count, head_dim).permute(2, 0, 3, 1, 4)
         return heads[0], heads[1], heads[2]
 
     @staticmethod
