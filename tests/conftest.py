@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from parallel_cases import Pair
 from sanitize import build_kernels
 
@@ -50,8 +51,12 @@ def pair() -> Iterator[Pair]:
 @pytest.fixture(scope="session")
 def kernel_objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The object files of the kernels, compiled as setup.py does: ``isa/avx2`` -> its path."""
-    folder = tmp_path_factory.mktemp("objects")
-    made = build_kernels(folder)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one build for all of them, in turns
+        folder = folder.parent
+    folder = folder / "objects"
+    with FileLock(f"{folder}.lock"):
+        made = build_kernels(folder)
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in made}
 
 

@@ -214,6 +214,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),
     ("nn/packs.py", {"torch", "slimkern.ops", *BLOCKS}),
+    ("nn/fused.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),
     ("nn/masked_block.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),
     ("nn/", {"torch", "slimkern.ops", "slimkern.nn"}),
     ("cpu.py", {"torch", "slimkern.ops._native"}),
