@@ -28,7 +28,7 @@ def _norms(meta: Meta, dtype: str, full: bool) -> Iterator[Case]:
     for width in (HIDDEN, 384, 4096):
         x, low = meta(B * T, width, dtype=dtype), meta(B * T, width, dtype="bf16")
         weight = meta(width, dtype=dtype)
-        layer = partial(row_norm, x, weight, weight, 1e-5, "layer", y=x)
+        layer = partial(row_norm, x, weight, weight, 1e-5, kind="layer", y=x)
         rest = full or width != HIDDEN
         yield Case(f"layer norm {dtype} {width}", dtype, layer, rest)
         yield Case(f"rms norm {dtype} {width}", dtype, partial(layer, kind="rms", low=low), True)
