@@ -19,6 +19,7 @@ import json
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,11 +183,9 @@ def train(
             turns.wait(name)
             turns.end(name, leave=True)
 
-    threads = [threading.Thread(target=run, args=(name,)) for name in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(models)) as pool:
+        for done in [pool.submit(run, name) for name in models]:
+            done.result()  # an error of either side ends the comparison
     rows: dict[str, Any] = {"changes of the masks": masks.changes}
     for name in models:
         rows[name] = {

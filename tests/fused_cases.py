@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from op_cases import ROUNDOFF
 from torch import Tensor
 
+from slimkern import ops
 from slimkern.ops import (
     AttentionWeights,
     EncoderLayerWeights,
@@ -31,6 +32,20 @@ from slimkern.ops.attention_block import reference as attention_reference
 from slimkern.ops.encoder_layer import reference as layer_reference
 from slimkern.ops.ffn import reference as ffn_reference
 from slimkern.ops.packed_linear import reference as linear_reference
+
+# kind of block -> what packs its weights, and what computes it
+PACK = {
+    "linear": lambda w, **k: ops.pack_linear(w.weight, w.bias, **k),
+    "ffn": ops.pack_ffn,
+    "attention_block": ops.pack_attention_block,
+    "encoder_layer": ops.pack_encoder_layer,
+}
+CALL = {
+    "linear": ops.packed_linear,
+    "ffn": ops.ffn,
+    "attention_block": ops.attention_block,
+    "encoder_layer": ops.encoder_layer,
+}
 
 EQUATIONS = {
     "linear": linear_reference.packed_linear,

@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fused_cases import Shape, assert_within, cast, make_weights, make_x, measuring_stick
+from fused_cases import (
+    CALL,
+    PACK,
+    Shape,
+    assert_within,
+    cast,
+    make_weights,
+    make_x,
+    measuring_stick,
+)
 
 from slimkern import ops
 
@@ -18,18 +27,6 @@ from triton_cases import DEVICES, DTYPE_IDS, DTYPES, moved, skip_interpreted_bf1
 from slimkern.ops import _device_blocks
 from slimkern.ops._row_norm import row_norm
 
-PACK = {
-    "linear": lambda w, **k: ops.pack_linear(w.weight, w.bias, **k),
-    "ffn": ops.pack_ffn,
-    "attention_block": ops.pack_attention_block,
-    "encoder_layer": ops.pack_encoder_layer,
-}
-CALL = {
-    "linear": ops.packed_linear,
-    "ffn": ops.ffn,
-    "attention_block": ops.attention_block,
-    "encoder_layer": ops.encoder_layer,
-}
 LAYERS = ["attention_block", "encoder_layer"]
 ROWS = ["linear", "ffn"]
 SHAPES = [
@@ -46,18 +43,6 @@ SHAPES = [
     Shape(3, 0),
 ]
 IDS = [shape.id for shape in SHAPES]
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN: what a kernel forgets to write, or reads too early, shows."""
-    empty = torch.empty
-
-    def nan_empty(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch, "empty", nan_empty)
 
 
 def masks(shape):

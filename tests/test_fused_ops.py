@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from fused_cases import (
+    CALL,
+    PACK,
     Shape,
     assert_within,
     cast,
@@ -18,18 +20,6 @@ from fused_cases import (
 
 from slimkern import cpu, ops
 
-PACK = {
-    "linear": lambda w, **k: ops.pack_linear(w.weight, w.bias, **k),
-    "ffn": ops.pack_ffn,
-    "attention_block": ops.pack_attention_block,
-    "encoder_layer": ops.pack_encoder_layer,
-}
-CALL = {
-    "linear": ops.packed_linear,
-    "ffn": ops.ffn,
-    "attention_block": ops.attention_block,
-    "encoder_layer": ops.encoder_layer,
-}
 KINDS = list(CALL)
 LAYERS = ["attention_block", "encoder_layer"]
 

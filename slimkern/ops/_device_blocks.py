@@ -212,9 +212,10 @@ def _context(
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a product that nothing but a bias follows is left to PyTorch's library.
 
-    On an H100, 4096 x 768 -> 640 in bfloat16 took cuBLAS 13.0 us and a Triton kernel 18.7 us; the
-    packs' widths are multiples of 64, at which it does not lose what it loses at odd ones. Not
-    float32, whose precision the library takes from a setting of now and a pack from its own.
+    On an H100, 4096 x 768 -> 640 in bfloat16 took cuBLAS 13.0 us and a Triton kernel 18.7 us
+    (bench/results/h100-2026-11-22-indexed-linear.md); the packs' widths are multiples of 64, at
+    which it does not lose what it loses at odd ones. Not float32, whose precision the library takes
+    from a setting of now and a pack from its own.
     """
     halves = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
     return halves and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)

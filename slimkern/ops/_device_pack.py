@@ -7,7 +7,8 @@ begin at multiples of 16 bytes, weights at multiples of 256.
 
 Weights of full-precision float32 products, which NVIDIA GPUs have no matrix unit for, lie
 transposed: threads read their tiles output by output. On an H100 a product took 3.7 times cuBLAS's
-time with a weight as `torch.nn.Linear` keeps it, and 1.1 times with neighbours along the outputs.
+time with a weight as `torch.nn.Linear` keeps it, and 1.1 times with neighbours along the outputs
+(bench/results/h100-2026-11-22-indexed-linear.md).
 """
 
 from __future__ import annotations

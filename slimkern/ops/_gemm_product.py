@@ -32,7 +32,8 @@ from slimkern.ops._tile import (
 from slimkern.ops._tune import fastest
 
 # Where kept rows are gathered while tiles are loaded, nothing measurable is lost on an H100; a copy
-# of them takes 6 us. So products of fewer operations than these, some 30 us, do without it.
+# of them takes 6 us (bench/results/h100-2026-11-22-indexed-linear.md). So products of fewer
+# operations than these, some 30 us, do without it.
 _WORTH_A_COPY = 1 << 34
 # Without matrix units, outputs that adjoin in memory are what threads load side by side: on an H100
 # a weight as `torch.nn.Linear` keeps it took 3.7 times as long as its transpose.

@@ -1,7 +1,6 @@
 // Speed of every packed linear on this machine, one thread: a line per instruction set, math and
 // shape, with GFLOP/s of kept columns and GB/s of packed weight. Arguments: isa [math [M N K]].
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -9,35 +8,13 @@
 #include <random>
 #include <vector>
 
-#include "isa.h"
+#include "timing.h"
 
 using namespace slimkern;
 
 namespace {
 
 constexpr const char* kMathNames[kMathCount] = {"fp32", "bf16", "bf16x3", "bf16x6"};
-
-struct Buffer {
-  std::vector<char> bytes;
-  explicit Buffer(int64_t size) : bytes(size + kLinearAlignment) {}
-  char* data() {
-    const auto at = reinterpret_cast<uintptr_t>(bytes.data());
-    return bytes.data() + (kLinearAlignment - at % kLinearAlignment) % kLinearAlignment;
-  }
-};
-
-template <class F>
-double best_seconds(const F& f) {
-  using clock = std::chrono::steady_clock;
-  double best = 1e9;
-  const auto end = clock::now() + std::chrono::milliseconds(60);
-  for (int i = 0; i < 3 || clock::now() < end; ++i) {
-    const auto start = clock::now();
-    f();
-    best = std::min(best, std::chrono::duration<double>(clock::now() - start).count());
-  }
-  return best;
-}
 
 void time_shape(Isa isa, int math, int64_t M, int64_t N, int64_t K) {
   const LinearKernel& kernel = isa_table(isa)->linear[math];

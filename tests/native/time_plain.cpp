@@ -1,39 +1,16 @@
 // Where the time of a linear on a plain weight goes, one thread: per instruction set, math and
 // shape the nanoseconds per element of packing and turning what they read. Arguments: isa [M N K].
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
-#include "isa.h"
+#include "timing.h"
 
 using namespace slimkern;
 
 namespace {
-
-struct Buffer {
-  std::vector<char> bytes;
-  explicit Buffer(int64_t size) : bytes(size + kLinearAlignment, 1) {}
-  char* data() {
-    const auto at = reinterpret_cast<uintptr_t>(bytes.data());
-    return bytes.data() + (kLinearAlignment - at % kLinearAlignment) % kLinearAlignment;
-  }
-};
-
-template <class F>
-double best_seconds(const F& f) {
-  using clock = std::chrono::steady_clock;
-  double best = 1e9;
-  const auto end = clock::now() + std::chrono::milliseconds(40);
-  for (int i = 0; i < 3 || clock::now() < end; ++i) {
-    const auto start = clock::now();
-    f();
-    best = std::min(best, std::chrono::duration<double>(clock::now() - start).count());
-  }
-  return best;
-}
 
 void time_kernel(Isa isa, int math, DType dtype, int64_t M, int64_t N, int64_t K) {
   const LinearKernel& kernel = isa_table(isa)->linear[math];
