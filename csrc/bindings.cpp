@@ -124,12 +124,23 @@ void py_ffn(const PyMemory& pack, const PyHidden& rows, int threads, const PyMem
   ffn(pack_view(pack), hidden(rows), threads, scratch_of(scratch));
 }
 
-void py_layer(const PyMemory& pack, const PyHidden& rows, const PyMask& mask, const PyBias& bias,
-              int threads, const PyMemory& scratch) {
+std::vector<PackView> pack_views(const std::vector<PyMemory>& packs) {
+  std::vector<PackView> views;
+  for (const PyMemory& pack : packs) views.push_back(pack_view(pack));
+  return views;
+}
+
+PackList list(const std::vector<PackView>& views) {
+  return {views.data(), static_cast<int64_t>(views.size())};
+}
+
+void py_layers(const std::vector<PyMemory>& packs, const PyHidden& rows, const PyMask& mask,
+               const PyBias& bias, int threads, const PyMemory& scratch) {
   const Mask keys{static_cast<MaskKind>(mask[0]), address(mask[1]), mask[2], mask[3]};
   const HeadBias added{static_cast<const float*>(address(bias[0])), bias[1], bias[2],
                        bias[3]};
-  layer(pack_view(pack), hidden(rows), keys, added, threads, scratch_of(scratch));
+  const std::vector<PackView> views = pack_views(packs);
+  layers(list(views), hidden(rows), keys, added, threads, scratch_of(scratch));
 }
 
 // data, rows, row stride, ids, batch stride, token stride, step
@@ -194,12 +205,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("ffn_scratch", [](const PyMemory& pack, int64_t M, int threads) {
     return ffn_scratch(pack_view(pack), M, threads);
   });
-  m.def("layer_scratch", [](const PyMemory& pack, int64_t B, int64_t T, int threads) {
-    return layer_scratch(pack_view(pack), B, T, threads);
-  });
+  m.def("layers_scratch",
+        [](const std::vector<PyMemory>& packs, const PyHidden& rows, int threads) {
+          const std::vector<PackView> views = pack_views(packs);
+          return layers_scratch(list(views), hidden(rows), threads);
+        });
   m.def("packed_linear", &py_packed_linear, no_gil);
   m.def("ffn", &py_ffn, no_gil);
-  m.def("layer", &py_layer, no_gil);
+  m.def("layers", &py_layers, no_gil);
   m.def("embeddings_scratch", [](const PyEmbedded& rows, int threads) {
     return embeddings_scratch(embedded({}, rows, 0), threads);
   });

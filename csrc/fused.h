@@ -68,4 +68,15 @@ int64_t layer_scratch(const PackView& pack, int64_t B, int64_t T, int threads);
 void layer(const PackView& pack, const Hidden& rows, const Mask& mask, const HeadBias& bias,
            int threads, const Scratch& scratch);
 
+// Packs of one or more such layers.
+struct PackList {
+  const PackView* data = nullptr;
+  int64_t count = 0;
+};
+
+// One layer after the other, each on what the one before it has written.
+int64_t layers_scratch(const PackList& packs, const Hidden& rows, int threads);
+void layers(const PackList& packs, const Hidden& rows, const Mask& mask, const HeadBias& bias,
+            int threads, const Scratch& scratch);
+
 }  // namespace slimkern

@@ -1,3 +1,5 @@
+#include <stdexcept>
+
 #include "attention_heads.h"
 #include "block_rows.h"
 #include "masked_tokens.h"
@@ -234,6 +236,48 @@ void layer(const PackView& pack, const Hidden& rows, const Mask& mask, const Hea
   parallel_for(groups, plan.memory.workers, [&](int64_t group, int worker) {
     run_group(job, {shared.group_first[group], shared.group_first[group + 1]}, worker_of(worker));
   });
+}
+
+namespace {
+
+// The rows between two layers, without gaps, and the memory of one layer.
+WorkerMemory layers_memory(const PackList& packs, const Hidden& rows, int threads) {
+  WorkerMemory memory;
+  const int64_t item = rows.dtype == DType::kBFloat16 ? 2 : 4;
+  const int64_t between = packs.count > 1 ? rows.B * rows.T * rows.hidden * item : 0;
+  memory.shared = round_up(between, kLinearAlignment);
+  for (int64_t i = 0; i < packs.count; ++i) {
+    memory.each = max(memory.each, layer_scratch(packs.data[i], rows.B, rows.T, threads));
+  }
+  return memory;
+}
+
+}  // namespace
+
+int64_t layers_scratch(const PackList& packs, const Hidden& rows, int threads) {
+  return layers_memory(packs, rows, threads).bytes();
+}
+
+void layers(const PackList& packs, const Hidden& rows, const Mask& mask, const HeadBias& bias,
+            int threads, const Scratch& scratch) {
+  if (packs.count < 1) throw std::invalid_argument("no pack is given; accepted: one or more");
+  for (int64_t i = 0; i < packs.count; ++i) {
+    check_hidden(rows, open_layer(packs.data[i]).spec.hidden);
+  }
+  const WorkerMemory memory = layers_memory(packs, rows, threads);
+  check_scratch(scratch, memory.bytes());
+  Arena arena = memory.all(scratch);
+  char* between = arena.take<char>(memory.shared);
+  const Scratch rest{arena.take<char>(memory.each), memory.each};
+  Hidden at = rows;
+  for (int64_t i = 0; i < packs.count; ++i) {
+    // By turns, so that the last one writes the result.
+    at.out = (packs.count - i) % 2 == 1 ? rows.out : between;
+    layer(packs.data[i], at, mask, bias, threads, rest);
+    at.x = at.out;
+    at.row_stride = rows.hidden;
+    at.batch_stride = rows.T * rows.hidden;
+  }
 }
 
 }  // namespace slimkern

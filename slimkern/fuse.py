@@ -16,7 +16,7 @@ from slimkern.discovery import discover
 from slimkern.discovery.blocks import UnfitError, embeds_text, passes_masks_on, proposals
 from slimkern.discovery.groups import Group, Refusal
 from slimkern.masks import is_masked
-from slimkern.nn import fused_text  # noqa: F401  (its classes register themselves)
+from slimkern.nn import fused_embeddings, fused_text  # noqa: F401  (they register their classes)
 from slimkern.nn.fused import FusedModule, install, release
 from slimkern.nn.packs import Packs
 from slimkern.ops import choose_math, current_precision

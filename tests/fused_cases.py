@@ -30,6 +30,7 @@ from slimkern.ops import (
 )
 from slimkern.ops.attention_block import reference as attention_reference
 from slimkern.ops.encoder_layer import reference as layer_reference
+from slimkern.ops.encoder_stack import reference as stack_reference
 from slimkern.ops.ffn import reference as ffn_reference
 from slimkern.ops.packed_linear import reference as linear_reference
 
@@ -52,6 +53,7 @@ EQUATIONS = {
     "ffn": ffn_reference.ffn,
     "attention_block": attention_reference.attention_block,
     "encoder_layer": layer_reference.encoder_layer,
+    "encoder_stack": stack_reference.encoder_stack,
 }
 # Relative rounding of an operand: one bfloat16, or the sum of two with the product of the two low
 # parts left out; three hold a float32.
@@ -139,6 +141,8 @@ def cast(weights: Any, dtype: torch.dtype) -> Any:
     """The same description with every tensor in ``dtype``."""
     if isinstance(weights, Tensor):
         return weights.to(dtype)
+    if isinstance(weights, list):
+        return [cast(each, dtype) for each in weights]
     if not is_dataclass(weights) or isinstance(weights, type):
         return weights
     values = {f.name: cast(getattr(weights, f.name), dtype) for f in fields(weights)}

@@ -191,6 +191,10 @@ ROOMS: list[tuple[str, set[str]]] = [
             "slimkern.ops.ffn.reference",
         },
     ),
+    (
+        "ops/encoder_stack/reference.py",
+        {"torch", "slimkern.ops._weights", "slimkern.ops.encoder_layer.reference"},
+    ),
     ("ops/kept_linear/reference.py", {"torch", "slimkern.ops.activation.reference"}),
     ("ops/add_norm/reference.py", {"torch", "slimkern.ops.seeded_dropout.reference"}),
     ("ops/block_masked_linear/reference.py", {"torch", "slimkern.ops._block_mask"}),
@@ -208,11 +212,16 @@ ROOMS: list[tuple[str, set[str]]] = [
         | {f"slimkern.ops.{m}" for m in (*_GPU, "_kept_kernels")},
     ),
     (
+        "ops/encoder_stack/triton.py",
+        {"torch", "slimkern.ops._device_pack", "slimkern.ops.encoder_layer.triton"},
+    ),
+    (
         "ops/*/triton.py",
         {"torch", "triton", *(f"slimkern.ops.{m}" for m in _GPU)},
     ),
     ("ops/", {"torch", "slimkern.ops"}),
     ("nn/block_masked_conv1d.py", {"torch", "transformers", "slimkern.nn"}),
+    ("nn/fused_text.py", {"torch", "transformers", "slimkern.nn", "slimkern.ops"}),
     ("nn/packs.py", {"torch", "slimkern.ops", *BLOCKS}),
     ("nn/fused.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),
     ("nn/masked_block.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),

@@ -22,7 +22,7 @@ _PER_QUERY = (
     "the attention mask is not the same for every query and head; fused modules take one of keys "
     f"alone ([batch, 1, 1, tokens], or equal rows). {UNFUSE}"
 )
-_PER_SEQUENCE = (
+PER_SEQUENCE = (
     f"the position bias is not the same for every sequence, as fused modules need it. {UNFUSE}"
 )
 
@@ -108,7 +108,7 @@ class FusedModule(nn.Module):
             if mask.shape[0] != x.shape[0]:
                 mask = mask.expand(x.shape[0], -1)
         if bias is not None:
-            bias = common_slice(bias, 0, _PER_SEQUENCE)[0]
+            bias = common_slice(bias, 0, PER_SEQUENCE)[0]
         return OPS[self.packs.block.kind](x, packed, mask, bias)
 
 

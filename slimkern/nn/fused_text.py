@@ -1,115 +1,17 @@
-"""What surrounds the layers of a text model, fused: embeddings, stack of layers, attention mask."""
+"""What surrounds the layers of a text model, fused: the stack of layers, the mask, the model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from slimkern.nn.fused import UNFUSE, FusedModule, keys_of
-from slimkern.ops import NormWeights, embeddings
-
-
-class _Embeddings(FusedModule):
-    """Gathers rows of the tables, adds and normalises them in one pass; reads the parameters as
-    they are, so that there is nothing to pack. Given ``inputs_embeds``, it is the plain module."""
-
-    def _embed(
-        self, ids: Tensor, position_ids: Tensor | None, types: Any, type_ids: Tensor | None
-    ) -> Tensor:
-        self._refuse({})
-        own: Any = self
-        norm = own.LayerNorm
-        try:
-            return embeddings(
-                ids,
-                own.word_embeddings.weight,
-                own.position_embeddings.weight,
-                NormWeights(norm.weight, norm.bias, norm.eps),
-                types=None if types is None else types.weight,
-                type_ids=type_ids,
-                position_ids=position_ids,
-            )
-        except (TypeError, ValueError) as error:
-            raise RuntimeError(f"{type(self).__name__}: {error}. {UNFUSE}") from error
-
-
-class BertEmbeddings(_Embeddings):
-    """BERT, ELECTRA: token t has position t."""
-
-    call = "bert_embeddings"
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
-    ) -> Any:
-        """[B, T] -> [B, T, hidden]."""
-        if input_ids is None or inputs_embeds is not None or past_key_values_length:
-            return super().forward(
-                input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length
-            )
-        if position_ids is None:
-            position_ids = self._places(input_ids)
-        return self._embed(input_ids, position_ids, self.token_type_embeddings, token_type_ids)
-
-    def _places(self, ids: Tensor) -> Tensor | None:
-        """The position of every token; None: token t has position t."""
-        return None
-
-
-class RobertaEmbeddings(BertEmbeddings):
-    """RoBERTa, XLM-R: padding has a position of its own."""
-
-    call = "roberta_embeddings"
-
-    def _places(self, ids: Tensor) -> Tensor | None:
-        own: Any = self
-        made: Tensor = own.create_position_ids_from_input_ids(ids, own.padding_idx)
-        return made
-
-
-class MPNetEmbeddings(_Embeddings):
-    """MPNet: as RoBERTa, without token types."""
-
-    call = "mpnet_embeddings"
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """[B, T] -> [B, T, hidden]."""
-        if input_ids is None or inputs_embeds is not None:
-            return super().forward(input_ids, position_ids, inputs_embeds, **kwargs)
-        if position_ids is None:
-            padding: Any = self.padding_idx
-            places = input_ids.ne(padding).long()
-            position_ids = places.cumsum(1) * places + padding
-        return self._embed(input_ids, position_ids, None, None)
-
-
-class DistilBertEmbeddings(_Embeddings):
-    """DistilBERT: as BERT, without token types."""
-
-    call = "distilbert_embeddings"
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Any:
-        """[B, T] -> [B, T, hidden]."""
-        if input_ids is None:
-            return super().forward(input_ids, inputs_embeds, position_ids)
-        return self._embed(input_ids, position_ids, None, None)
+from slimkern.nn.fused import PER_SEQUENCE, FusedModule, keys_of
+from slimkern.ops import Packed, common_slice, encoder_stack
 
 
 def added_to_scores(keys: Tensor, x: Tensor) -> Tensor:
@@ -120,12 +22,34 @@ def added_to_scores(keys: Tensor, x: Tensor) -> Tensor:
     return added.masked_fill_(keys.logical_not(), torch.finfo(x.dtype).min)
 
 
-class _Stack(FusedModule):
-    """Hands a mask to many layers: brought into the form that they take once for all of them.
+def _for_layers(keys: Tensor, x: Tensor) -> Tensor:
+    """A mask of keys in the form that costs layers the least: on a GPU what they add to the scores,
+    rows at multiples of 16 bytes, as the fastest attention there reads them."""
+    return keys if keys.is_cpu or keys.dtype != torch.bool else added_to_scores(keys, x)
 
-    What the layers get is a mask for plain ones, too. On a GPU it is what they add to the scores,
-    rows at multiples of 16 bytes, as the fastest attention there reads them.
-    """
+
+# What a stack is given that says nothing to its layers.
+_NOT_FOR_LAYERS = frozenset({"return_dict", "position_ids"})
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether calling a module is nothing but its class's forward: no hook looks at it, and no
+    other forward was put on the object."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@cache
+def _output(name: str) -> type[Any]:
+    """The class of what a model or a stack returns."""
+    from transformers import modeling_outputs  # the stacks are its own: it is there already
+
+    made: type[Any] = getattr(modeling_outputs, name)
+    return made
+
+
+class _Stack(FusedModule):
+    """Computes its layers in one call, where nothing looks at one of them. Else it hands them a
+    mask that is brought into their form once for all of them, and is one for plain layers, too."""
 
     def _once(
         self, x: Tensor, mask: Tensor | None, given: dict[str, Any], config: Any
@@ -135,8 +59,40 @@ class _Stack(FusedModule):
         self._refuse(given)
         if mask is None:
             return None
-        keys = keys_of(mask)
-        return keys if keys.is_cpu or keys.dtype != torch.bool else added_to_scores(keys, x)
+        return _for_layers(keys_of(mask), x)
+
+    def packs_of_all(self) -> list[Packed] | None:
+        """The packs of all layers, to be computed in one call; None where one of them has to be
+        called by itself: it is no fused encoder layer, or something looks at it."""
+        if torch.compiler.is_compiling() or _has_any_global_hook():
+            return None
+        found = []
+        for layer in self._modules["layer"]._modules.values():  # type: ignore[union-attr]
+            if not isinstance(layer, FusedModule) or layer.training or not _untouched(layer):
+                return None
+            if layer.packs.block.kind != "encoder_layer":
+                return None
+            found.append(layer.packs.fresh(layer))
+        return found if len({packed.backend for packed in found}) == 1 else None
+
+    def _at_once(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        given: dict[str, Any],
+        make_bias: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor | None:
+        """All layers in one call; None where that can't be, or where the layers are given more than
+        a mask and a bias, which they may refuse."""
+        if any(given[name] for name in given if name not in _NOT_FOR_LAYERS):
+            return None
+        packs = self.packs_of_all()
+        if packs is None:
+            return None
+        if mask is not None:
+            mask = mask[:, 0, 0].expand(x.shape[0], -1)
+        bias = None if make_bias is None else common_slice(make_bias(x), 0, PER_SEQUENCE)[0]
+        return encoder_stack(x, packs, mask, bias)
 
 
 class BertStack(_Stack):
@@ -147,7 +103,10 @@ class BertStack(_Stack):
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *a: Any, **kw: Any) -> Any:
         """As the plain encoder's."""
         mask = self._once(hidden_states, attention_mask, kw, self.config)
-        return super().forward(hidden_states, mask, *a, **kw)
+        y = None if a else self._at_once(hidden_states, mask, kw)
+        if y is None:
+            return super().forward(hidden_states, mask, *a, **kw)
+        return _output("BaseModelOutputWithPastAndCrossAttentions")(last_hidden_state=y)
 
 
 class DistilBertStack(_Stack):
@@ -159,7 +118,10 @@ class DistilBertStack(_Stack):
         """As the plain encoder's."""
         config = self.layer[0].attention.config  # type: ignore[index, union-attr]
         mask = self._once(hidden_states, attention_mask, kw, config)
-        return super().forward(hidden_states, mask, **kw)
+        y = self._at_once(hidden_states, mask, kw)
+        if y is None:
+            return super().forward(hidden_states, mask, **kw)
+        return _output("BaseModelOutput")(last_hidden_state=y)
 
 
 class MPNetStack(_Stack):
@@ -170,7 +132,12 @@ class MPNetStack(_Stack):
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *a: Any, **kw: Any) -> Any:
         """As the plain encoder's."""
         mask = self._once(hidden_states, attention_mask, kw, None)
-        return super().forward(hidden_states, mask, *a, **kw)
+        y = None
+        if not a and kw.get("return_dict"):
+            y = self._at_once(hidden_states, mask, kw, self.compute_position_bias)
+        if y is None:
+            return super().forward(hidden_states, mask, *a, **kw)
+        return _output("BaseModelOutput")(last_hidden_state=y)
 
     def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bias once for all sequences, [1, heads, T, T], in float32."""
@@ -184,6 +151,69 @@ class BertModel(FusedModule):
 
     call = "bert_model"
     keeps_name = True
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the plain model's. Tokens in, hidden states out, and nothing else asked for: then what
+        transformers does around its layers, as long as a layer takes, is left out."""
+        others = (inputs_embeds, encoder_hidden_states, encoder_attention_mask, past_key_values)
+        packs = None
+        if input_ids is not None and all(given is None for given in others):
+            packs = self._packs_alone(attention_mask, kwargs)
+        if packs is None:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        own: Any = self
+        x = own.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids
+        )
+        keep = _keeps(attention_mask)
+        y = encoder_stack(x, packs, None if keep is None else _for_layers(keep, x))
+        pooler = self._modules["pooler"]
+        return _output("BaseModelOutputWithPoolingAndCrossAttentions")(
+            last_hidden_state=y, pooler_output=None if pooler is None else pooler(y)
+        )
+
+    def _packs_alone(self, mask: Tensor | None, given: dict[str, Any]) -> list[Packed] | None:
+        """The packs of the layers, where a call is embeddings, layers and a pooler alone."""
+        config: Any = self.config
+        stack = self._modules["encoder"]
+        if (
+            "pooler" not in self._modules  # ELECTRA: it has a projection, and returns another class
+            or not isinstance(stack, _Stack)
+            or not _untouched(stack)
+            or any(given[name] for name in given if name != "return_dict")
+            or not given.get("return_dict", True)
+            or not config.return_dict
+            or config.is_decoder
+            or config.output_hidden_states
+            or config.output_attentions
+            or getattr(config, "is_causal", None)
+            or (mask is not None and mask.dim() != 2)
+        ):
+            return None
+        return stack.packs_of_all()
 
     def _create_attention_masks(
         self, attention_mask: Any = None, encoder_attention_mask: Any = None, **kwargs: Any
@@ -201,13 +231,17 @@ class BertModel(FusedModule):
                 **kwargs,
             )
             return made
-        if attention_mask is None:
-            return None, None
-        keep = attention_mask.bool()
-        # What a graph records can't depend on values; elsewhere the plain model looks as well.
-        recorded = torch.compiler.is_compiling() or (
-            keep.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if not recorded and bool(keep.all()):
-            return None, None
-        return keep[:, None, None, :], None
+        keep = _keeps(attention_mask)
+        return (None if keep is None else keep[:, None, None, :]), None
+
+
+def _keeps(mask: Tensor | None) -> Tensor | None:
+    """A mask of tokens as bool [B, T]; None where it keeps all of them."""
+    if mask is None:
+        return None
+    keep = mask.bool()
+    # What a graph records can't depend on values; elsewhere the plain model looks as well.
+    recorded = torch.compiler.is_compiling() or (
+        keep.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+    return None if not recorded and bool(keep.all()) else keep

@@ -28,6 +28,7 @@ from slimkern.ops.block_masked_linear import block_masked_linear
 from slimkern.ops.common_slice import common_slice
 from slimkern.ops.embeddings import embeddings
 from slimkern.ops.encoder_layer import encoder_layer
+from slimkern.ops.encoder_stack import encoder_stack
 from slimkern.ops.ffn import ffn
 from slimkern.ops.indexed_linear import check_index, indexed_linear
 from slimkern.ops.masked_attention import masked_attention
@@ -51,6 +52,7 @@ __all__ = [
     "current_precision",
     "embeddings",
     "encoder_layer",
+    "encoder_stack",
     "ffn",
     "indexed_linear",
     "masked_attention",

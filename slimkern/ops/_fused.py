@@ -18,18 +18,23 @@ _NO_MASK = (_native.MASKS["none"], 0, 0, 0)
 _NO_BIAS = (0, 0, 0, 0)
 
 
-def _rows(x: Tensor, packed: Tensor) -> tuple[Tensor, int, tuple[int, int]]:
-    """x with unit last stride, its dtype's number, and where the pack lies."""
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x with unit last stride, and its dtype's number."""
     code = _ROW_DTYPES.get(x.dtype)
     if code is None:
         raise TypeError(f"x has dtype {x.dtype}; accepted: torch.float32, torch.bfloat16")
-    if not (x.is_cpu and packed.is_cpu):
-        raise ValueError(f"x is on {x.device} and packed on {packed.device}; accepted: cpu")
+    if not x.is_cpu:
+        raise ValueError(f"x is on {x.device}; accepted: cpu")
+    return (x if x.stride(-1) == 1 else x.contiguous()), code
+
+
+def _pack(packed: Tensor) -> tuple[int, int]:
+    """Where a pack lies."""
+    if not packed.is_cpu:
+        raise ValueError(f"packed is on {packed.device}; accepted: cpu")
     if packed.dtype != torch.uint8 or packed.dim() != 1 or not packed.is_contiguous():
         raise TypeError("packed is no vector of bytes; accepted: what the pack functions return")
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    return x, code, (packed.data_ptr(), packed.numel())
+    return packed.data_ptr(), packed.numel()
 
 
 def _scratch(like: Tensor, size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -45,7 +50,8 @@ def flat(x: Tensor, packed: Tensor, N: int | None) -> Tensor:
     """
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; accepted: [M, K]")
-    x, code, pack = _rows(x, packed)
+    x, code = _rows(x)
+    pack = _pack(packed)
     M, K = x.shape
     out = x.new_empty(M, K if N is None else N)
     threads = _native.threads()
@@ -66,9 +72,21 @@ def layer(x: Tensor, packed: Tensor, mask: Tensor | None, head_bias: Tensor | No
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or the pack is not for it.
     """
+    return layers(x, [packed], mask, head_bias)
+
+
+def layers(
+    x: Tensor, packed: list[Tensor], mask: Tensor | None, head_bias: Tensor | None
+) -> Tensor:
+    """Several of them, one after the other, in one call of C++.
+
+    Raises:
+        ValueError, TypeError: as `layer`.
+    """
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; accepted: [B, T, hidden]")
-    x, code, pack = _rows(x, packed)
+    x, code = _rows(x)
+    packs = [_pack(p) for p in packed]
     B, T, hidden = x.shape
     keys, kept_mask = _NO_MASK, mask
     if mask is not None:
@@ -78,9 +96,9 @@ def layer(x: Tensor, packed: Tensor, mask: Tensor | None, head_bias: Tensor | No
         kept_bias, bias = _bias(head_bias, T)
     out = x.new_empty(B, T, hidden)
     threads = _native.threads()
-    memory, scratch = _scratch(packed, _native.layer_scratch(pack, B, T, threads))
     rows = (code, x.data_ptr(), x.stride(0), x.stride(1), B, T, hidden, out.data_ptr())
-    _native.layer(pack, rows, keys, bias, threads, scratch)
+    memory, scratch = _scratch(packed[0], _native.layers_scratch(packs, rows, threads))
+    _native.layers(packs, rows, keys, bias, threads, scratch)
     del memory, kept_mask, kept_bias
     return out
 

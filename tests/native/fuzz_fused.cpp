@@ -106,6 +106,43 @@ void try_harm(PackKind kind, int64_t math) {
   }
 }
 
+// Several layers in one call, in scratch of exactly the size it asks for, are bit by bit the layers
+// one after the other.
+void try_layers(int64_t math) {
+  const Model models[] = {make_model(PackKind::kEncoderLayer, math),
+                          make_model(PackKind::kEncoderLayer, math),
+                          make_model(PackKind::kAttention, math)};
+  const Call c = make_call(models[0], pick(0, 1) ? Special::kNone : Special::kAll);
+  Mask mask = c.masks->mask;
+  std::vector<PackView> packs;
+  for (const Model& m : models) {
+    if (m.spec.hidden == models[0].spec.hidden) packs.push_back({m.memory->data(), m.memory->size()});
+  }
+  if (packs.size() == 1) packs.push_back(packs[0]);
+  const PackList list{packs.data(), static_cast<int64_t>(packs.size())};
+  const int threads = static_cast<int>(pick(1, 3));
+  const int64_t bytes = layers_scratch(list, c.rows, threads);
+  const Memory memory(bytes, pick(0, 63));
+  layers(list, c.rows, mask, {}, threads, {memory.data(), bytes});
+
+  const int64_t size = c.rows.B * c.rows.T * c.rows.hidden * c.out.item();
+  Hidden at = c.rows;
+  std::vector<Memory> between;
+  for (const PackView& pack : packs) {
+    between.emplace_back(size);
+    at.out = between.back().data();
+    const int64_t own = layer_scratch(pack, at.B, at.T, threads);
+    const Memory scratch(own);
+    layer(pack, at, mask, {}, threads, {scratch.data(), own});
+    at.x = at.out;
+    at.row_stride = at.hidden;
+    at.batch_stride = at.T * at.hidden;
+  }
+  if (size > 0 && std::memcmp(at.out, c.rows.out, size) != 0) {
+    fail("layers", models[0].spec, c.B, c.T, 0, 0);
+  }
+}
+
 template <class F>
 void must_refuse(const char* what, const Model& m, const F& f) {
   try {
@@ -131,6 +168,11 @@ void try_refusals(int64_t math) {
     layer_scratch({moved.data(), view.bytes}, 1, 1, 1);
   });
   must_refuse("another kind", m, [&] { ffn_scratch(view, 1, 1); });
+  must_refuse("no layer", m, [&] { layers({}, c.rows, c.masks->mask, {}, 2, {nullptr, 0}); });
+  must_refuse("small scratch of layers", m, [&] {
+    const int64_t needed = layers_scratch({&view, 1}, c.rows, 2);
+    layers({&view, 1}, c.rows, c.masks->mask, {}, 2, {nullptr, needed - 1});
+  });
   if (c.B == 0 || c.T == 0) return;
   std::vector<int64_t> lengths(c.B, c.T);
   lengths[pick(0, c.B - 1)] = pick(0, 1) ? -1 : c.T + 1;
@@ -158,6 +200,7 @@ int main(int argc, char** argv) {
           try_block(static_cast<PackKind>(kind), math);
           try_harm(static_cast<PackKind>(kind), math);
         }
+        try_layers(math);
         try_refusals(math);
       }
     }
