@@ -201,3 +201,20 @@ def test_a_compiled_model_has_no_break(counted):
     with torch.inference_mode():
         torch.testing.assert_close(compiled(**given)[0], want)
     assert counted == [2]  # the call before
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17, 200])
+def test_position_biases_are_those_of_the_plain_model(tokens):
+    plain = tiny("mpnet")
+    stack, own = fused_copy(plain).encoder, plain.encoder
+    x = torch.randn(3, tokens, 4)
+    for _ in range(2):  # made, and kept
+        with torch.no_grad():
+            got, want = stack.compute_position_bias(x), own.compute_position_bias(x)
+        assert torch.equal(got.expand_as(want), want)
+    with torch.inference_mode():
+        stack.compute_position_bias(x[:, :1])
+    with torch.no_grad():
+        own.relative_attention_bias.weight.mul_(2)
+        stack.relative_attention_bias.weight.mul_(2)
+        assert torch.equal(stack.compute_position_bias(x)[0], own.compute_position_bias(x)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -141,8 +141,24 @@ class MPNetStack(_Stack):
 
     def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bias once for all sequences, [1, heads, T, T], in float32."""
-        made: Tensor = super().compute_position_bias(x[:1], *args, **kwargs)  # type: ignore[misc]
-        return made.float()
+        own: Any = self
+        if args or kwargs or torch.compiler.is_compiling():
+            made: Tensor = super().compute_position_bias(x[:1], *args, **kwargs)  # type: ignore[misc]
+            return made.float()
+        buckets = _buckets(own.relative_position_bucket, x.shape[1], x.device)
+        table: Tensor = own.relative_attention_bias(buckets)
+        return table.permute(2, 0, 1)[None].float().contiguous()
+
+
+@lru_cache(maxsize=4)
+def _buckets(bucket: Callable[[Tensor], Tensor], T: int, device: torch.device) -> Tensor:
+    """Which row of the table of biases a query and a key share: [T, T], by their distance alone.
+
+    Kept from call to call: for a short sequence it takes as long as a layer.
+    """
+    with torch.inference_mode(False):
+        places = torch.arange(T, device=device)
+        return bucket(places[None, :] - places[:, None])
 
 
 class BertModel(FusedModule):
