@@ -218,3 +218,82 @@ def test_position_biases_are_those_of_the_plain_model(tokens):
         own.relative_attention_bias.weight.mul_(2)
         stack.relative_attention_bias.weight.mul_(2)
         assert torch.equal(stack.compute_position_bias(x)[0], own.compute_position_bias(x)[0])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mpnet"])
+def test_tensors_that_layers_do_not_know_are_passed_over(family, counted):
+    plain, given = tiny(family), inputs()
+    fused, kept = fused_copy(plain), given["attention_mask"].bool()
+    want = hidden(plain, given)
+    for name in ("labels", "special_tokens_mask"):  # a batch of a dataset, passed on whole
+        got = hidden(fused, {**given, name: given["input_ids"]})
+        torch.testing.assert_close(got[kept], want[kept])
+    assert counted == []
+    with pytest.raises(RuntimeError, match=r"no cu_seq_lens_q .*unfuse_"):
+        hidden(fused, {**given, "cu_seq_lens_q": torch.tensor([0, 9])})
+    # The stack is given it by transformers 5.0; it numbers what a cache would hold.
+    stack = next(m for m in fused.modules() if isinstance(m, fused_text._Stack))
+    x = torch.randn(2, 5, fused.config.hidden_size)
+    with torch.inference_mode():
+        at_once = stack(x, cache_position=torch.arange(5)).last_hidden_state
+        assert torch.equal(at_once, stack(x).last_hidden_state)
+    assert counted == [2, 2]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_holds_the_layers_and_the_mask(family, counted):
+    plain = tiny(family)
+    plain.config.return_dict = False
+    fused, given, whole = fused_copy(plain), inputs(), inputs(False)
+    assert not given["attention_mask"].all()
+    with torch.inference_mode():
+        traced = torch.jit.trace(fused, tuple(whole.values()), strict=False, check_trace=False)
+        got, want = traced(*given.values())[0], plain(**given)[0]
+    kept = given["attention_mask"].bool()
+    torch.testing.assert_close(got[kept], want[kept])
+    assert counted == []
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("task", ["ForSequenceClassification", "ForMaskedLM"])
+def test_a_model_with_a_pooler_or_without_leaves_out_what_surrounds_layers(
+    family, task, counted, monkeypatch
+):
+    fused, given, made = fused_copy(tiny(family, task=task)), inputs(), []
+    masks = fused_text.BertModel._create_attention_masks
+
+    def count(self, *args, **kwargs):
+        made.append(self)
+        return masks(self, *args, **kwargs)
+
+    monkeypatch.setattr(fused_text.BertModel, "_create_attention_masks", count)
+    at_once = hidden(fused, given)
+    assert made == []
+    with one_by_one(fused):
+        assert torch.equal(hidden(fused, given), at_once)
+    assert made == [fused.base_model]
+    assert counted == [2]
+
+
+def test_embeddings_are_called_as_by_the_plain_model(counted):
+    plain, given = tiny("bert"), inputs()
+    seen = []
+    for model in (plain, fused_copy(plain)):
+        model.embeddings.register_forward_pre_hook(
+            lambda module, args, named: seen.append((args, named)), with_kwargs=True
+        )
+        hidden(model, given)
+    (args, named), (fused_args, fused_named) = seen
+    assert args == fused_args == ()
+    assert list(named) == list(fused_named)
+    assert all(named[name] is fused_named[name] for name in named)
+    assert counted == [2]
+
+
+def test_a_stack_in_training_mode_is_an_error(counted):
+    fused = fused_copy(tiny("bert"))
+    fused.encoder.training = True
+    with pytest.raises(RuntimeError, match="unfuse_"):
+        hidden(fused, inputs())
+    assert counted == []

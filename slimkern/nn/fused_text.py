@@ -28,8 +28,30 @@ def _for_layers(keys: Tensor, x: Tensor) -> Tensor:
     return keys if keys.is_cpu or keys.dtype != torch.bool else added_to_scores(keys, x)
 
 
-# What a stack is given that says nothing to its layers.
-_NOT_FOR_LAYERS = frozenset({"return_dict", "position_ids"})
+# What a stack is given that says nothing to its layers, as long as there is no cache.
+_NOT_FOR_LAYERS = frozenset({"return_dict", "position_ids", "cache_position"})
+_RETURN_DICT = frozenset({"return_dict"})
+
+
+def _asks(given: dict[str, Any], unless: frozenset[str]) -> bool:
+    """Whether a call asks for something by name, other than by these names. A value may be a tensor
+    (labels of a whole batch that is passed on): it has no truth to look at."""
+    for name, value in given.items():
+        if value is not None and value is not False and name not in unless:
+            return True
+    return False
+
+
+def _is_recorded() -> bool:
+    """Whether what runs becomes a graph: ops that it knows how to write down, and nothing that
+    depends on the values of now."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _has_no_values(x: Tensor) -> bool:
+    """Whether what is computed beside x now has its values only later: neither may it be looked at,
+    nor kept for other calls."""
+    return _is_recorded() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _untouched(module: nn.Module) -> bool:
@@ -64,7 +86,7 @@ class _Stack(FusedModule):
     def packs_of_all(self) -> list[Packed] | None:
         """The packs of all layers, to be computed in one call; None where one of them has to be
         called by itself: it is no fused encoder layer, or something looks at it."""
-        if torch.compiler.is_compiling() or _has_any_global_hook():
+        if _is_recorded() or _has_any_global_hook():
             return None
         found = []
         for layer in self._modules["layer"]._modules.values():  # type: ignore[union-attr]
@@ -84,7 +106,7 @@ class _Stack(FusedModule):
     ) -> Tensor | None:
         """All layers in one call; None where that can't be, or where the layers are given more than
         a mask and a bias, which they may refuse."""
-        if any(given[name] for name in given if name not in _NOT_FOR_LAYERS):
+        if _asks(given, _NOT_FOR_LAYERS):
             return None
         packs = self.packs_of_all()
         if packs is None:
@@ -142,7 +164,7 @@ class MPNetStack(_Stack):
     def compute_position_bias(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The bias once for all sequences, [1, heads, T, T], in float32."""
         own: Any = self
-        if args or kwargs or torch.compiler.is_compiling():
+        if args or kwargs or _has_no_values(x):
             made: Tensor = super().compute_position_bias(x[:1], *args, **kwargs)  # type: ignore[misc]
             return made.float()
         buckets = _buckets(own.relative_position_bucket, x.shape[1], x.device)
@@ -201,14 +223,17 @@ class BertModel(FusedModule):
                 **kwargs,
             )
         own: Any = self
-        x = own.embeddings(
-            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids
+        x = own.embeddings(  # as the plain model calls it: it may be another's, or have hooks
+            input_ids=input_ids,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=None,
+            past_key_values_length=0,
         )
         keep = _keeps(attention_mask)
         y = encoder_stack(x, packs, None if keep is None else _for_layers(keep, x))
-        pooler = self._modules["pooler"]
         return _output("BaseModelOutputWithPoolingAndCrossAttentions")(
-            last_hidden_state=y, pooler_output=None if pooler is None else pooler(y)
+            last_hidden_state=y, pooler_output=None if own.pooler is None else own.pooler(y)
         )
 
     def _packs_alone(self, mask: Tensor | None, given: dict[str, Any]) -> list[Packed] | None:
@@ -216,10 +241,11 @@ class BertModel(FusedModule):
         config: Any = self.config
         stack = self._modules["encoder"]
         if (
-            "pooler" not in self._modules  # ELECTRA: it has a projection, and returns another class
+            not hasattr(self, "pooler")  # ELECTRA: it has a projection, and returns another class
             or not isinstance(stack, _Stack)
+            or stack.training
             or not _untouched(stack)
-            or any(given[name] for name in given if name != "return_dict")
+            or _asks(given, _RETURN_DICT)
             or not given.get("return_dict", True)
             or not config.return_dict
             or config.is_decoder
@@ -257,7 +283,4 @@ def _keeps(mask: Tensor | None) -> Tensor | None:
         return None
     keep = mask.bool()
     # What a graph records can't depend on values; elsewhere the plain model looks as well.
-    recorded = torch.compiler.is_compiling() or (
-        keep.is_cuda and torch.cuda.is_current_stream_capturing()
-    )
-    return None if not recorded and bool(keep.all()) else keep
+    return None if not _has_no_values(keep) and bool(keep.all()) else keep
