@@ -262,7 +262,9 @@ void layers(const PackList& packs, const Hidden& rows, const Mask& mask, const H
             int threads, const Scratch& scratch) {
   if (packs.count < 1) throw std::invalid_argument("no pack is given; accepted: one or more");
   for (int64_t i = 0; i < packs.count; ++i) {
-    check_hidden(rows, open_layer(packs.data[i]).spec.hidden);
+    const PackSpec spec = open_layer(packs.data[i]).spec;
+    check_hidden(rows, spec.hidden);
+    if (rows.B > 0 && rows.T > 0) check_bias(bias, spec.heads);
   }
   const WorkerMemory memory = layers_memory(packs, rows, threads);
   check_scratch(scratch, memory.bytes());

@@ -108,9 +108,9 @@ def test_refusals():
     for given, kind, message in (
         ([], ValueError, "packs is empty; encoder_stack accepts: one or more"),
         ([ffn, *packs], TypeError, "packed holds ffn; encoder_stack accepts: encoder_layer"),
-        ([*packs, ffn], TypeError, "packed holds ffn; encoder_stack accepts: encoder_layer"),
-        ([*packs, other], ValueError, r"accepts: a last dimension of 64"),
-        ([packs[0], replace(packs[1], backend="triton")], ValueError, "'cpu' and 'triton'"),
+        ([*packs, ffn], TypeError, r"packs\[2\] holds ffn; encoder_stack accepts: encoder_layer"),
+        ([*packs, other], ValueError, r"packs\[2\] takes rows of 64; .* packs\[0\], 63"),
+        ([packs[0], replace(packs[1], backend="triton")], ValueError, r"packs\[1\] is for .*'cpu'"),
     ):
         with pytest.raises(kind, match=message):
             ops.encoder_stack(x, given)
@@ -124,8 +124,23 @@ def test_refusals():
         ops.encoder_stack(x.requires_grad_(), packs)
 
 
-def test_a_damaged_pack_is_refused_before_anything_is_computed():
+def test_a_damaged_pack_is_refused_before_anything_is_computed(monkeypatch):
     packs, x = packs_of(3), make_x(LAYERS[0], torch.float32)
+    outs, new_empty = [], torch.Tensor.new_empty
+
+    def poisoned(self, *size, **how):
+        made = new_empty(self, *size, **how)
+        if made.is_floating_point():
+            outs.append(made.fill_(-7.0))
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    ops.encoder_stack(x, packs)
+    assert outs.pop().ne(-7.0).any()
     packs[2] = replace(packs[2], data=packs[2].data[:-64])
     with pytest.raises(ValueError, match="pack"):
         ops.encoder_stack(x, packs)
+    assert outs.pop().eq(-7.0).all()
+    with pytest.raises(ValueError, match="head_bias has 3 heads; accepted: 1"):
+        ops.encoder_stack(x, packs[:2], None, torch.zeros(3, 19, 19))
+    assert outs.pop().eq(-7.0).all()

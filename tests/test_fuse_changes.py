@@ -203,3 +203,41 @@ def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         fused.load_state_dict(tiny("bert", "dense").state_dict(), assign=True)
     assert_as_exact(fused, tiny("bert", "dense"), GIVEN, "fp32")
+
+
+class _Adapted(torch.nn.Module):
+    """A linear with an addition of low rank, as adapters wrap one."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.low = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.low(x)
+
+
+def _adapt(model):
+    attention = layer_of(model).attention.self
+    attention.query = _Adapted(attention.query)
+
+
+def _parametrize(model):
+    torch.nn.utils.parametrizations.weight_norm(first_linear(model))
+
+
+@pytest.mark.parametrize("change", [_adapt, _parametrize])
+def test_parts_that_compute_something_else_are_an_error(change):
+    fused = fused_copy(tiny("bert"))
+    run(fused, GIVEN)
+    change(fused)
+    with pytest.raises(RuntimeError, match=r"query is now \w+; accepted: Linear.*unfuse_"):
+        run(fused, GIVEN)
+    run(slimkern.unfuse_(fused), GIVEN)

@@ -49,9 +49,13 @@ def _is_recorded() -> bool:
 
 
 def _has_no_values(x: Tensor) -> bool:
-    """Whether what is computed beside x now has its values only later: neither may it be looked at,
-    nor kept for other calls."""
-    return _is_recorded() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether what is computed beside x now has its values only later, or never (fake tensors):
+    neither may it be looked at, nor kept for other calls."""
+    return (
+        _is_recorded()
+        or type(x) is not Tensor
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _untouched(module: nn.Module) -> bool:

@@ -53,15 +53,28 @@ def weights_of(module: nn.Module, block: Block) -> Any:
     return attention if forward is None else forward
 
 
+def _plain(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Any:
+    """A part that computes what its parameters say, and nothing else.
+
+    Raises:
+        TypeError: another module has taken its place: an adapter's, a quantised one.
+    """
+    part = module.get_submodule(name)
+    if type(part) not in kinds:
+        accepted = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} is now {type(part).__name__}; accepted: {accepted}")
+    return part
+
+
 def _linear(module: nn.Module, name: str) -> LinearWeights:
-    linear: Any = module.get_submodule(name)
+    linear = _plain(module, name, nn.Linear)
     return LinearWeights(linear.weight, linear.bias)
 
 
 def _norm(module: nn.Module, part: NormPart | None) -> NormWeights | None:
     if part is None:
         return None
-    norm: Any = module.get_submodule(part.name)
+    norm = _plain(module, part.name, nn.LayerNorm, nn.RMSNorm)
     return NormWeights(norm.weight, getattr(norm, "bias", None), part.eps, part.kind)
 
 
@@ -96,6 +109,7 @@ class _Made:
 
     def __init__(self, module: nn.Module, block: Block, precision: str) -> None:
         self.isa = current_isa()
+        weights = weights_of(module, block)
         places = _modules_down_to(module, (*block.linears(), *block.norms()))
         for part in [store[key] for store, key in places]:
             places += [(part._parameters, key) for key in part._parameters]
@@ -107,13 +121,16 @@ class _Made:
         first = self.parameters[0]
         backend = PACKED_BACKENDS.choose(None, first.device)
         math = choose_math(first.dtype, precision, HARDWARE[backend])
-        self.packed = _PACKERS[block.kind](weights_of(module, block), math=math, backend=backend)
+        self.packed = _PACKERS[block.kind](weights, math=math, backend=backend)
 
     def holds(self) -> bool:
         """Whether the parameters and the kernels in use are those of the pack."""
-        for store, key, held in self.held:
-            if store[key] is not held:
-                return False
+        try:
+            for store, key, held in self.held:
+                if store[key] is not held:
+                    return False
+        except KeyError:  # a parametrization keeps its parameter elsewhere
+            return False
         return (
             (self.versions is None or list(map(_version, self.parameters)) == self.versions)
             and list(map(_address, self.parameters)) == self.addresses

@@ -49,25 +49,27 @@ def encoder_stack(
         The shape and dtype of x; bit by bit what the layers return one by one.
 
     Raises:
-        ValueError: no pack, or packs for several backends; and as `slimkern.ops.encoder_layer`.
+        ValueError: no pack, or packs for several widths, devices or backends; and as
+            `slimkern.ops.encoder_layer`.
         TypeError, RuntimeError: as `slimkern.ops.encoder_layer`.
     """
     if not packs:
         raise ValueError("packs is empty; encoder_stack accepts: one or more")
     first = packs[0]
     check_call("encoder_stack", "encoder_layer", x, first, mask, head_bias)
-    place = first.data.device
-    for packed in packs[1:]:
-        if (
-            packed.kind != first.kind
-            or packed.in_features != first.in_features
-            or packed.data.device != place
-        ):
-            check_call("encoder_stack", "encoder_layer", x, packed, mask, head_bias)
-        if packed.backend != first.backend:
+    for i, packed in enumerate(packs):
+        if packed.kind != "encoder_layer":
+            raise TypeError(f"packs[{i}] holds {packed.kind}; encoder_stack accepts: encoder_layer")
+        if packed.backend != first.backend or packed.data.device != first.data.device:
             raise ValueError(
-                f"packs are for backends {first.backend!r} and {packed.backend!r}; encoder_stack "
-                "accepts: one for all of them"
+                f"packs[{i}] is for backend {packed.backend!r} on {packed.data.device}; "
+                f"encoder_stack accepts: that of packs[0], {first.backend!r} on "
+                f"{first.data.device}"
+            )
+        if packed.in_features != first.in_features:
+            raise ValueError(
+                f"packs[{i}] takes rows of {packed.in_features}; encoder_stack accepts: those of "
+                f"packs[0], {first.in_features}"
             )
     tensors = [tensor for packed in packs for tensor in packed.tensors]
     return _op(x, tensors, [packed.spec for packed in packs], mask, head_bias, first.backend)
