@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from interpreter import patch_once_a_launch
 from parallel_cases import Pair
 from sanitize import build_kernels
 
@@ -19,6 +21,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Files of few tests that take long: the last file to start ends the run, so they are the first.
+LONG = ["test_triton_compile.py", "test_build.py", "test_cli_one_shot.py", "test_cli_slim.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist's: by the number of tests in a file
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Tiny models on many threads spend their time waiting for each other."""
@@ -26,6 +42,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def light_garbage_collection() -> Iterator[None]:
+    """What has been imported is no garbage: a collection, of which timing and measuring memory make
+    many, need not go through it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> None:
+    """The tests of Triton's kernels spend their time in its interpreter."""
+    patch_once_a_launch()
 
 
 @pytest.fixture

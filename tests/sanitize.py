@@ -14,12 +14,13 @@ import importlib.util
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "tests" / "native"
+SCALAR_ONLY = "-DSLIMKERN_SCALAR_ONLY"
 SANITIZERS = [
     "-g1",
     "-fsanitize=address,undefined",
@@ -59,9 +60,21 @@ def build_driver(
     return driver
 
 
-def build_fuzz(folder: Path, extra: Sequence[str]) -> Path:
-    """Compiles the kernels and the driver ``fuzz`` in ``folder``; returns the executable."""
-    return build_driver(folder, "fuzz", build_kernels(folder, extra), extra)
+def without_wide_kernels(folder: Path, objects: Mapping[str, Path]) -> list[Path]:
+    """The objects of a target other than x86-64, from those that `build_kernels` made of this one.
+
+    ``isa.cpp`` alone asks which files there are: it is compiled anew in ``folder``, the rest is
+    taken as it is, and the files of wide instruction sets are left out, as they are there.
+    """
+    setup = load_setup()
+    askers = [path for path in setup.CSRC.rglob("*.*") if SCALAR_ONLY[2:] in path.read_text()]
+    assert askers == [setup.CSRC / "isa.cpp"]
+    made = folder / "isa.o"
+    cxx = setup.compiler()
+    flags = setup.sources(setup.target(cxx), bindings=False)[askers[0]]
+    subprocess.run([*cxx, *flags, SCALAR_ONLY, "-c", str(askers[0]), "-o", str(made)], check=True)
+    narrow = {name: path for name, path in objects.items() if not name.startswith("isa/")}
+    return [*({**narrow, "isa": made}.values()), objects["isa/scalar"]]
 
 
 def main() -> int:

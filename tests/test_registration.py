@@ -10,7 +10,7 @@ from op_cases import Case, eager, make_inputs, run
 from slimkern.ops import indexed_linear
 
 BACKENDS = ["reference", "cpu"]
-LAYOUTS = ["contiguous", "transposed", "sliced"]
+LAYOUTS = ["transposed", "sliced"]
 KEPT = [(None, None), (17, None), (None, 63), (17, 63), (0, 0)]
 
 
@@ -28,8 +28,11 @@ def arguments(inputs):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kept", KEPT, ids=str)
+@pytest.mark.parametrize(
+    ("kept", "layout"),
+    [*((kept, "contiguous") for kept in KEPT), *((KEPT[3], layout) for layout in LAYOUTS)],
+    ids=str,
+)
 def test_opcheck(kept, layout, backend):
     inputs = make_inputs(Case((5,), 63, 130, *kept, layout=layout), torch.float32)
     for name, args in arguments(inputs).items():
