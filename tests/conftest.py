@@ -44,14 +44,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def light_garbage_collection() -> Iterator[None]:
-    """What has been imported is no garbage: a collection, of which timing and measuring memory make
-    many, need not go through it."""
+@pytest.fixture(autouse=True, scope="module")
+def light_garbage_collection() -> None:
+    """What was imported so far is no garbage: a collection, of which timing and measuring memory
+    make many, need not go through it."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
