@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
-import torch
 from torch import nn
 
 from slimkern.discovery.groups import Group
-from slimkern.nn import BlockMasked, MaskedLinear, zero_columns_
+from slimkern.nn import BlockMasked, MaskedLinear
 from slimkern.plan import PlanEntry, SlimPlan, compose, within
-from slimkern.shards import local, own_part
 
 
 def is_masked(model: nn.Module) -> bool:
@@ -104,15 +102,3 @@ def owned_elements(model: nn.Module, group: Group) -> int:
     made = (model.get_submodule(m.name).parameters(recurse=False) for m in group.producers)
     read = (model.get_parameter(f"{m.name}.weight") for m in group.consumers)
     return sum(p.numel() for p in (*chain.from_iterable(made), *read))
-
-
-def zero_masked_columns(linear: MaskedLinear) -> None:
-    """Set the columns that ``linear`` does not read to zero: momentum or noise may move them."""
-    if linear.cols is None:
-        return
-    part, kept = local(linear.weight), linear.cols
-    if part is not linear.weight:  # of a sharded weight, this rank's slice
-        whole = torch.zeros(linear.in_features, dtype=torch.bool, device=part.device)
-        whole[linear.cols] = True
-        kept = own_part(whole, linear.weight, 1).nonzero().flatten()
-    zero_columns_(part, kept)

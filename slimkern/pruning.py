@@ -26,7 +26,7 @@ from slimkern.patterns.track import BlockTrack
 from slimkern.plan import PlanEntry, SlimPlan
 from slimkern.pruning_report import GroupReport, PruningReport, Sparsity, removed_share
 from slimkern.pruning_state import read_keep
-from slimkern.surgery import mask_, zero_masked_columns
+from slimkern.surgery import mask_
 from slimkern.track import Track
 
 
@@ -242,7 +242,7 @@ class Pruning:
             for member in group.consumers:
                 linear = self.model.get_submodule(member.name)
                 if isinstance(linear, MaskedLinear):
-                    zero_masked_columns(linear)
+                    linear.zero_masked()
         self._blocks.clean()
         self.step += 1
         self._cut()

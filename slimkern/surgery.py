@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimkern.cuts import SurgeryError, checked_cuts, cut, linear_of, spread
 from slimkern.discovery.groups import Group, Member
 from slimkern.mask_blocks import REFUSED, fitting_blocks, with_told
-from slimkern.masks import carried_masks, is_masked, zero_masked_columns
+from slimkern.masks import carried_masks, is_masked
 from slimkern.nn import MaskedLinear, install_block, release_unmasked_blocks
 from slimkern.optimizer_state import check_owner, check_state, move_state
 from slimkern.plan import PlanEntry, SlimPlan, compose, inside
@@ -39,10 +39,11 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
     """Put a model in the masked state: full-size weights, compute on the kept units only.
 
     Producers compute the kept rows, consumers the kept columns (gathered inside the op); the
-    consumers' columns of masked units are set to zero, so that a plain save of the model *is* the
-    masked model. Where a per-unit parameter lies between, producers stay complete. Known encoder
-    layers and FFNs become blocks (:func:`slimkern.masked_blocks`). Calling it again replaces the
-    masks of the groups that the plan names; a plan that keeps everything lifts them (the zeros
+    consumers' columns of masked units are set to zero, and are zero in every state dict, so that a
+    plain save of the model *is* the masked model. Where a per-unit parameter lies between,
+    producers stay complete. Known encoder layers and FFNs become blocks
+    (:func:`slimkern.masked_blocks`). Calling it again replaces the masks of the groups that the
+    plan names; a plan that keeps everything lifts them (the zeros
     remain, in plain linears). The masks are left on the model as ``model.mask_plan``.
 
     Args:
@@ -66,7 +67,7 @@ def mask_(model: nn.Module, plan: SlimPlan) -> nn.Module:
             index = spread(keep, member.unit_size, linear.weight.device)
             linear.cols = None if whole else index
             linear.gather = bool(group.between)
-            zero_masked_columns(linear)
+            linear.zero_masked()
         if group.between:
             continue
         for member in group.producers:

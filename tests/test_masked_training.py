@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import slimkern
 from slimkern.ops._columns import zero_columns_
-from slimkern.surgery import mask_, zero_masked_columns
+from slimkern.surgery import mask_
 
 pytest.importorskip("transformers")
 STEPS = 200
@@ -58,7 +58,7 @@ def test_the_course_of_training():
             mask = units.repeat_interleave(member.unit_size).expand_as(linear.weight)
             prune.custom_from_mask(linear, "weight", mask.contiguous())
     linears = [masked.get_submodule(m.name) for e in plan for m in e.group.consumers]
-    got = losses(masked.train(), lambda: [zero_masked_columns(m) for m in linears])
+    got = losses(masked.train(), lambda: [m.zero_masked() for m in linears])
     want = losses(dense.train())
     assert want[-20:].mean() < want[:20].mean()
     assert ((got - want).abs() / want).max() <= 1e-4

@@ -225,6 +225,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("nn/packs.py", {"torch", "slimkern.ops", *BLOCKS}),
     ("nn/fused.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),
     ("nn/masked_block.py", {"torch", "slimkern.ops", "slimkern.nn", *BLOCKS}),
+    ("nn/masked.py", {"torch", "slimkern.ops", "slimkern.shards"}),
     ("nn/", {"torch", "slimkern.ops", "slimkern.nn"}),
     ("cpu.py", {"torch", "slimkern.ops._native"}),
     ("discovery/", {"torch", "slimkern.discovery"}),

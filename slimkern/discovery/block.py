@@ -15,6 +15,9 @@ FOREIGN_ARGUMENTS = frozenset({
     "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "softcap",
 })  # fmt: skip
 
+# Implementations of attention, by transformers' names, that blocks compute.
+ATTENTIONS = ("eager", "sdpa")
+
 
 @dataclass(frozen=True)
 class NormPart:

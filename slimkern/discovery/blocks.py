@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from slimkern.discovery.block import AttentionPart, Block, FfnPart, NormPart
+from slimkern.discovery.block import ATTENTIONS, AttentionPart, Block, FfnPart, NormPart
 
 _BERTS = {"bert": "Bert", "roberta": "Roberta", "xlm_roberta": "XLMRoberta", "electra": "Electra"}
-_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 class UnfitError(Exception):
@@ -129,8 +128,8 @@ def _not_a_decoders(module: Any) -> None:
 
 def _check_implementation(config: Any) -> None:
     found = config._attn_implementation
-    if found not in _IMPLEMENTATIONS:
-        accepted = " and ".join(_IMPLEMENTATIONS)
+    if found not in ATTENTIONS:
+        accepted = " and ".join(ATTENTIONS)
         raise UnfitError(f"its attention implementation is {found!r}; accepted: {accepted}")
 
 

@@ -3,7 +3,7 @@
 from slimkern.nn import masked_blocks  # noqa: F401  (its classes enter themselves)
 from slimkern.nn.block_masked import BlockMasked, BlockMaskedLinear
 from slimkern.nn.fused import FusedModule, plain_class
-from slimkern.nn.masked import MaskedLinear, zero_columns_
+from slimkern.nn.masked import MaskedLinear
 from slimkern.nn.masked_block import MaskedBlock, install_block, release_unmasked_blocks
 
 __all__ = [
@@ -15,5 +15,4 @@ __all__ = [
     "install_block",
     "plain_class",
     "release_unmasked_blocks",
-    "zero_columns_",
 ]

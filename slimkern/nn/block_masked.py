@@ -17,8 +17,8 @@ class BlockMasked(nn.Module):
     """What masked linears of any make have in common: ``y = x @ (weight ∘ mask)ᵀ + bias``.
 
     Input and output are those of the plain linear. Gradients of masked weights are zero, and so
-    are the weights themselves once :meth:`zero_masked` has been called after an optimizer step:
-    then a plain save of the model is the masked model.
+    are the weights themselves once :meth:`zero_masked` has been called after an optimizer step.
+    A state dict has zeros there in any case: a plain save of the model is the masked model.
 
     Attributes:
         mask_bits: the bits of the mask (:class:`slimkern.ops.BlockMask`), in a non-persistent
@@ -132,6 +132,19 @@ class BlockMasked(nn.Module):
         dead = ~self.mask.blocks()
         for view, (rows, cols) in block_views(matrix, self.block):
             view.masked_fill_(dead[rows, None, cols, None], 0)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(f"{prefix}weight")
+        if keep_vars or weight is None or weight.is_meta or self.mask_bits.is_meta:
+            return
+        saved = weight.clone()
+        with torch.no_grad():
+            self._fill(saved.t() if self.transposed else saved)
+        if not torch.equal(saved, weight):  # else what is saved is the weight itself, as ever
+            destination[f"{prefix}weight"] = saved
 
     def masked_product(self, x: Tensor) -> Tensor:
         """``[..., inputs]`` -> ``[..., outputs]``: what ``forward`` of every make is."""

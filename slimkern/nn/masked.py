@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from slimkern.ops._columns import zero_columns_ as zero_columns_
+from slimkern.ops._columns import zero_columns_
 from slimkern.ops.indexed_linear import indexed_linear
+from slimkern.shards import local, own_part
 
 
 class MaskedLinear(nn.Linear):
@@ -24,7 +28,9 @@ class MaskedLinear(nn.Linear):
             default.
 
     The index vectors are non-persistent buffers: they follow ``.to(device)``, and the state dict
-    is that of the plain linear.
+    is that of the plain linear, with zeros in the columns that are not read: whatever was loaded
+    there since stays in the parameter alone (until the next optimizer step), for masks of an
+    earlier state that may be loaded next.
     """
 
     rows: Tensor | None
@@ -54,6 +60,40 @@ class MaskedLinear(nn.Linear):
         self._non_persistent_buffers_set -= {"rows", "cols"}
         self.__class__ = nn.Linear  # type: ignore[assignment]
         return self
+
+    @torch.no_grad()
+    def zero_masked(self, weight: Tensor | None = None) -> None:
+        """Set the columns that are not read to zero: momentum, noise or loading may move them.
+
+        Args:
+            weight: a copy of the weight to do it to; by default the weight itself. Of a sharded
+                one, this rank's slice is written.
+        """
+        weight = self.weight if weight is None else weight
+        if self.cols is not None:
+            zero_columns_(local(weight), self._own(self.cols, weight))
+
+    def _own(self, cols: Tensor, weight: Tensor) -> Tensor:
+        """Those of the columns that this rank's slice of a weight has, counted within it."""
+        if local(weight) is weight:
+            return cols
+        whole = torch.zeros(self.in_features, dtype=torch.bool, device=cols.device)
+        whole[cols] = True
+        return own_part(whole, weight, 1).nonzero().flatten()
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(f"{prefix}weight")
+        if keep_vars or weight is None or weight.is_meta or self.cols is None or self.cols.is_meta:
+            return
+        part = local(weight)
+        dead = torch.ones(part.shape[1], dtype=torch.bool, device=part.device)
+        dead[self._own(self.cols, weight)] = False
+        if bool(part[:, dead].any()):
+            destination[f"{prefix}weight"] = saved = weight.clone()
+            self.zero_masked(saved)
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` [..., len(cols)] -> [..., len(rows)]."""

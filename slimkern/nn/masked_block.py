@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from slimkern.discovery.block import (
+    ATTENTIONS,
     FOREIGN_ARGUMENTS,
     AttentionPart,
     Block,
@@ -87,6 +88,9 @@ class MaskedBlock(nn.Module):
         config = self._config()
         if getattr(config, "output_attentions", False):
             return "attention maps are asked for"
+        attention = getattr(config, "_attn_implementation", None)
+        if block.attention is not None and attention not in (None, *ATTENTIONS):
+            return f"its attention implementation is {attention!r} now"
         return _hooked(self, "")
 
     def _config(self) -> Any:
@@ -94,12 +98,13 @@ class MaskedBlock(nn.Module):
 
     def _takes(self, given: dict[str, Any], mask: Tensor | None = None) -> bool:
         """Whether the block computes a call with these arguments, and this attention mask."""
-        if mask is not None and mask.dim() != 4:  # flash attention has masks of tokens
-            return False
         for name in given:
             if name in FOREIGN_ARGUMENTS and given[name] is not None and given[name] is not False:
                 return False
-        return self.aside() is None
+        if self.aside() is not None:
+            return False
+        # Flash attention has masks of tokens, flex attention some that are no tensors.
+        return mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
 
     def _drop(self, which: int) -> float:
         """The probability of one of ``drops``, as it is now."""
