@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed on this platform")
 
 from triton_cases import DEVICES, moved
 
-from slimkern.ops import _device_pack, _packed
+from slimkern.ops import _device_pack, _gemm_product, _packed
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -45,6 +45,26 @@ def test_a_pack_is_laid_out_for_wide_loads(device):
     other = copy.deepcopy(packed)
     x = make_x(shape, torch.float16).to(device)
     assert torch.equal(ops.encoder_layer(x, packed), ops.encoder_layer(x, other))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_pack_holds_the_transposed_copy_that_exact_products_need(device, monkeypatch):
+    """However many tokens there are, nothing is copied when a packed block is called."""
+    shape, copies = Shape(2, 5, gated=True, activation="silu"), []
+    monkeypatch.setattr(_gemm_product, "_MANY", 1)
+    gathered = _gemm_product.gathered
+    noted = lambda *args, **given: copies.append(given) or gathered(*args, **given)  # noqa: E731
+    monkeypatch.setattr(_gemm_product, "gathered", noted)
+    x = make_x(shape, torch.float32).to(device)
+    for gated in (True, False):
+        weights = make_weights("encoder_layer", replace(shape, gated=gated))
+        weights = moved(cast(weights, torch.float32), device)
+        packed = ops.pack_encoder_layer(weights, math="fp32", backend="triton")
+        ops.encoder_layer(x, packed)
+    assert not copies
+    w = weights.ffn.fc1.weight
+    _gemm_product.run(_gemm_product.Product(x[0], w, x.new_empty(5, w.shape[0]), "ieee"))
+    assert len(copies) == 1, "a weight that is not packed is copied"
 
 
 def test_what_does_not_fit_is_refused():

@@ -239,6 +239,17 @@ def test_products_of_differing_widths(device):
         assert_sum_of_products(got, want, F.linear(x, w, bias), large, x.shape[1] + 1)
 
 
+def test_problems_of_several_dtypes_are_refused():
+    x, w, b = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5)
+    for xs, ws, biases, name in (
+        ([x, x.half()], [w, w], [b, b], "x"),
+        ([x, x], [w.half(), w], [b, b], "w"),
+        ([x, x], [w, w], [None, b.half()], "bias"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} has dtype torch.float16 beside x of"):
+            _gemm.grouped_products(xs, ws, biases)
+
+
 def test_neighbours_are_a_view():
     w = normal(64, 64)
     a_run, other = torch.arange(8, 24), torch.tensor([0, 2, 3])
@@ -305,6 +316,39 @@ def test_configurations_that_a_gpu_cannot_hold_are_not_tried():
         assert len(tiles) <= 8
         shared = 227 << 10 if table == "DESCRIPTOR" else 99 << 10
         assert all(_tune.holds(tile, 4 if table == "FLOAT" else 2, shared) for tile in tiles)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET is not set")
+@pytest.mark.parametrize("capability", [0, 90])
+def test_what_follows_the_sums_tells_problems_apart(capability, monkeypatch):
+    """Epilogues take registers and time: the best configuration for one is not that for another."""
+    monkeypatch.setattr(_gemm_configs, "capability", lambda tensor: capability)
+    found = []
+    for module in (_gemm, _gemm_product, _gemm_weights):
+        noted = lambda *a, **k: found.append(a[:2]) or a[4]  # noqa: E731
+        monkeypatch.setattr(module, "fastest", noted)
+    x, w, b = torch.randn(16, 64).half(), torch.randn(16, 64).half(), torch.randn(16).half()
+    sums, rows = torch.randn(16, 16), torch.arange(16)
+    for more in (
+        {},
+        {"bias": b},
+        {"rows": rows},
+        {"rows": rows, "packed": True},
+        {"activation": "relu"},
+        {"activation": "gelu"},
+        {"keep_input": True},
+        {"residual": sums},
+        {"residual": sums.half()},
+        {"out": torch.empty_like(sums)},
+    ):
+        _gemm.product(x, w, **more)
+    for more in ({"activation": "relu"}, {"activation": "silu"}, {"out": torch.empty_like(sums)}):
+        _gemm.gated_product(x, w, w, None, None, **{"activation": "none", **more})
+    _gemm.gated_product(x, w, w, b, b, activation="relu")
+    for more in ({}, {"rows": rows}, {"cols": torch.arange(64)}, {"out": torch.empty(16, 64)}):
+        _gemm.product_dw(sums.half(), x, **more)
+    assert len(found) == 18
+    assert len(set(found)) == 18, found
 
 
 def test_nothing_is_tuned_where_nothing_can_be_measured():

@@ -71,7 +71,7 @@ def noted_launches() -> dict[str, Any]:
 
     JITFunction.run = counted
 
-    from slimkern.ops import _gemm, _gemm_configs
+    from slimkern.ops import _gemm, _gemm_configs, _launch
 
     _gemm_configs.capability = lambda tensor: 90
     found = {}
@@ -95,6 +95,20 @@ def noted_launches() -> dict[str, Any]:
         first_was_slow = slow["count"]
         call()
         found[name] = {"slow": [first_was_slow, slow["count"]], "launches": launches[start:]}
+    slow["count"], start, entries = 0, len(launches), len(_launch._found)
+    for tokens in (10, 11, 13):  # of the kind of 9: no multiple of 16, in the same bucket
+        _gemm.product(whole[:tokens], whole, out=whole[20 : 20 + tokens])
+    found["sizes"] = {
+        "slow": slow["count"],
+        "launches": launches[start:],
+        "more": len(_launch._found) - entries,
+    }
+    _launch._MOST, most = 3, 0
+    _launch._found.clear()
+    for call in calls.values():
+        call()
+        most = max(most, len(_launch._found))
+    found["most"] = most
     return found
 
 
@@ -108,17 +122,35 @@ def noted():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def launched(noted):
+    return {name: row for name, row in noted.items() if name not in ("sizes", "most")}
+
+
 def test_the_second_launch_is_remembered_and_says_the_same(noted):
-    assert len(noted) == 7
-    for name, row in noted.items():
+    rows = launched(noted)
+    assert len(rows) == 7
+    for name, row in rows.items():
         assert row["slow"] == [1, 1], name
         first, second = row["launches"]
         assert first == second, name
 
 
 def test_variants_are_told_apart(noted):
-    variants = [row["launches"][0][0] for row in noted.values()]
+    variants = [row["launches"][0][0] for row in launched(noted).values()]
     assert len(set(variants)) == len(variants)
+
+
+def test_sizes_that_change_are_remembered_as_one_and_passed_as_they_are(noted):
+    row, before = noted["sizes"], noted["by pointers"]["launches"][0]
+    assert (row["slow"], row["more"]) == (0, 0)
+    assert len(row["launches"]) == 3
+    for tokens, launch in zip((10, 11, 13), row["launches"], strict=True):
+        assert launch[0] == before[0]
+        assert launch.count(str(tokens)) == 1
+
+
+def test_what_is_remembered_has_a_bound(noted):
+    assert noted["most"] == 3
 
 
 if __name__ == "__main__":

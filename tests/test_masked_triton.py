@@ -116,7 +116,8 @@ def test_gradients_of_three_weights_and_biases(count, device, poisoned):
         reference.kept_linear_dw(grad, x, *arguments),
     )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    sums = grad.sum(0)
+    # Sums that do not adjoin in memory are read where they lie.
+    sums = torch.stack([grad.sum(0), torch.full((width,), float("nan"), device=device)], 1)[:, 0]
     got = kernels.kept_sums(sums, rows, 40, torch.float32)
     want = reference.kept_sums(sums, rows, 40, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -132,6 +133,13 @@ def test_heads_side_by_side(shape, dtype, device, poisoned):
     grads[2] = grads[2].transpose(1, 2)
     got, want = kernels.joined_heads(grads, dtype), reference.joined_heads(grads, dtype)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_heads_of_several_dtypes_are_refused():
+    half, single = torch.zeros(2, 3, 5, 4, dtype=torch.float16), torch.zeros(2, 3, 5, 4)
+    for grads in ([half, single, single], [single, half, single], [single, single, half]):
+        with pytest.raises(TypeError, match="'triton' accepts one for all"):
+            kernels.joined_heads(grads, torch.float32)
 
 
 @pytest.mark.parametrize("device", DEVICES)

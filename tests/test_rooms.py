@@ -125,7 +125,7 @@ ROOMS: list[tuple[str, set[str]]] = [
     ("ops/_native.py", {"torch", "slimkern._C"}),
     ("ops/_tile.py", {"torch", "triton"}),
     ("ops/_activations.py", {"triton"}),
-    ("ops/_launch.py", {"torch", "triton"}),
+    ("ops/_launch.py", {"torch", "triton", "slimkern.ops._tile"}),
     ("ops/_gemm_kernels.py", DEVICE_CODE),
     ("ops/_gemm_descriptors.py", DEVICE_CODE),
     ("ops/_tune.py", {"torch", "triton", "slimkern.ops._tile"}),

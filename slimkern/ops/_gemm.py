@@ -36,7 +36,6 @@ from slimkern.ops._tile import (
     Tile,
     alignment,
     bucket,
-    capability,
     check_dtype,
     choose_tile,
     contiguous,
@@ -208,8 +207,8 @@ def _run_gated(
     between_rows = (max(gate.stride()), max(up.stride()))  # a transposed weight's are its second
     align = alignment(N, x.stride(0), *between_rows, y.stride(0))
     # There are two tiles of sums: the largest configurations would spill, and one more of them
-    # where sums are read back from tensor memory.
-    first = 2 if by_descriptor and capability(x) >= 100 else 1
+    # where each element that is stored has an address of its own.
+    first = 2 if by_descriptor and not stores else 1
     tiles = (DESCRIPTOR_TILES if by_descriptor else tiles_for(x, align))[first:]
 
     def attempt(tile: Tile) -> None:
@@ -219,7 +218,7 @@ def _run_gated(
             launch(_gated_descriptor_kernel, (min(programs, processors(x)),), x)(
                 descriptor(x, tile.a, tile.k),
                 descriptor(gate, tile.b, tile.k), descriptor(up, tile.b, tile.k),
-                descriptor(y if stores else None, tile.a, tile.b),
+                descriptor(y if stores else None, tile.a, tile.b // 2),
                 gate_bias, up_bias, None if stores else y,
                 M, N, K, y.stride(0),
                 **blocks, **flags, **launch_options(tile),
@@ -234,5 +233,5 @@ def _run_gated(
             )  # fmt: skip
 
     tile = choose_tile(tiles, bucket(M), N)
-    sizes = (bucket(M), N, K, align, by_descriptor, stores, exactness)
+    sizes = (bucket(M), N, K, align, by_descriptor, y.dtype, *flags.values(), stores)
     attempt(fastest("gated product", sizes, x, tiles, tile, attempt, accumulators=2))

@@ -34,18 +34,19 @@ NARROW_TILES = (
 )
 # Full-precision float32 has no matrix unit on NVIDIA GPUs; one thread holds a slice of operands.
 FLOAT_TILES = (
-    Tile(64, 64, 16, warps=4, stages=3),
+    Tile(64, 64, 16, warps=4, stages=3, registers=168),
     Tile(32, 64, 16, warps=4, stages=3),
     Tile(16, 64, 16, warps=4, stages=3),
 )
 # For tensor descriptors: GPUs of compute capability 9 to 11 have 227 KiB of shared memory for a
-# program. Those of 12 have descriptors too, but 99 KiB: they take the pointer kernels.
+# program. Those of 12 have descriptors too, but 99 KiB: they take the pointer kernels. There is one
+# program for each multiprocessor, which may have all of its registers.
 DESCRIPTOR_TILES = (
-    Tile(128, 256, 64, warps=8, stages=3),
-    Tile(128, 128, 64, warps=8, stages=4),
-    Tile(128, 64, 64, warps=8, stages=4),
-    Tile(64, 64, 64, warps=4, stages=4),
-    Tile(64, 32, 64, warps=4, stages=4),
+    Tile(128, 256, 64, warps=8, stages=3, registers=255),
+    Tile(128, 128, 64, warps=8, stages=4, registers=255),
+    Tile(128, 64, 64, warps=8, stages=4, registers=255),
+    Tile(64, 64, 64, warps=4, stages=4, registers=255),
+    Tile(64, 32, 64, warps=4, stages=4, registers=255),
 )
 COPY_TILE = Tile(16, 128, 1, warps=4, stages=2)  # of the compact copy and of the slices' sum
 GROUP = 8  # rows of tiles per group of the swizzle
@@ -62,6 +63,14 @@ def tiles_for(like: Tensor, align: int) -> tuple[Tile, ...]:
     if like.dtype == torch.float32:
         return FLOAT_TILES
     return NARROW_TILES if align < 4 else HALF_TILES
+
+
+def turns(like: Tensor, tile: Tile, exactness: str) -> bool:
+    """Whether operands that lie across the reduction go through registers: see the kernels.
+
+    In tf32, where the tile is large enough for the matrix instructions of Hopper and later ones.
+    """
+    return exactness == "tf32" and tile.a >= 64 and capability(like) >= 90
 
 
 def has_descriptors(tensor: Tensor) -> bool:

@@ -100,6 +100,26 @@ def _product_descriptor_kernel(
             )  # fmt: skip
 
 
+@triton.jit
+def _finish_gated(
+    gate, up, first_m, first_n,
+    y_desc, gate_bias_ptr, up_bias_ptr, y_ptr, M, N, stride_ym,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From two tiles of sums to the tile of ``y`` at ``first_m, first_n``."""
+    offs_n = offsets(0, BLOCK_N) + first_n
+    mask_n = offs_n < N
+    gate += load_bias(gate_bias_ptr, offs_n, mask_n, HAS_BIAS)
+    up += load_bias(up_bias_ptr, offs_n, mask_n, HAS_BIAS)
+    y = activation_value(gate, ACTIVATION) * up
+    if y_desc is None:
+        offs_m = offsets(0, BLOCK_M) + first_m
+        store_tile(y_ptr, y, offs_m, stride_ym, offs_m < M, offs_n, 1, mask_n)
+    else:
+        y_desc.store([first_m, first_n], y.to(y_desc.dtype))
+
+
 @triton.jit(do_not_specialize=["M", "N", "K", "stride_ym"])
 def _gated_descriptor_kernel(
     x_desc, gate_desc, up_desc, y_desc, gate_bias_ptr, up_bias_ptr, y_ptr,
@@ -122,16 +142,19 @@ def _gated_descriptor_kernel(
             gate = dot(x_tile, gate_desc.load([first_n, step * BLOCK_K]).T, gate, PRECISION)
             up = dot(x_tile, up_desc.load([first_n, step * BLOCK_K]).T, up, PRECISION)
 
-        offs_n = offsets(pid_n, BLOCK_N)
-        mask_n = offs_n < N
-        gate += load_bias(gate_bias_ptr, offs_n, mask_n, HAS_BIAS)
-        up += load_bias(up_bias_ptr, offs_n, mask_n, HAS_BIAS)
-        y = activation_value(gate, ACTIVATION) * up
-        if y_desc is None:
-            offs_m = offsets(pid_m, BLOCK_M)
-            store_tile(y_ptr, y, offs_m, stride_ym, offs_m < M, offs_n, 1, mask_n)
-        else:
-            y_desc.store([first_m, first_n], y.to(y_desc.dtype))
+        # In halves: two tiles of sums and what is made of them would take too many registers.
+        gate_left, gate_right = halves(gate, BLOCK_M, BLOCK_N)
+        up_left, up_right = halves(up, BLOCK_M, BLOCK_N)
+        _finish_gated(
+            gate_left, up_left, first_m, first_n,
+            y_desc, gate_bias_ptr, up_bias_ptr, y_ptr, M, N, stride_ym,
+            HAS_BIAS, ACTIVATION, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _finish_gated(
+            gate_right, up_right, first_m, first_n + BLOCK_N // 2,
+            y_desc, gate_bias_ptr, up_bias_ptr, y_ptr, M, N, stride_ym,
+            HAS_BIAS, ACTIVATION, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "R", "C", "S", "chunk"])

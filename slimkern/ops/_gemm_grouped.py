@@ -78,7 +78,7 @@ def _grouped_kernel(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
         x_ptr + (offs_m * stride_xm)[:, None], 1, mask_m[:, None],
         w_ptr + (offs_n * stride_wn)[None, :], 1, mask_n[None, :],
-        0, K, True, BLOCK_K, PRECISION,
+        0, K, True, BLOCK_K, PRECISION, False, False,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -96,8 +96,8 @@ def grouped_products(
 
     Args:
         xs: [M, K] each; all of one dtype and on one device.
-        ws: [N, K] each.
-        biases: [N] or None each.
+        ws: [N, K] each, of that dtype.
+        biases: [N] of that dtype or None each.
 
     Raises:
         TypeError: a dtype other than float32, float16 or bfloat16, or several of them.
@@ -107,8 +107,10 @@ def grouped_products(
     problems = []
     for x, w, bias in zip(xs, ws, biases, strict=True):
         check_dtype("x", x)
-        if x.dtype != xs[0].dtype:
-            raise TypeError(f"x has dtypes {x.dtype} and {xs[0].dtype}; accepted: one for all")
+        for name, tensor in (("x", x), ("w", w), ("bias", bias)):
+            if tensor is not None and tensor.dtype != xs[0].dtype:
+                given = f"{tensor.dtype} beside x of {xs[0].dtype}"
+                raise TypeError(f"{name} has dtype {given}; accepted: one for all")
         y = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
         found.append(y)
         if y.numel():

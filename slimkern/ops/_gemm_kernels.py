@@ -17,6 +17,7 @@ import triton.language as tl
 
 from slimkern.ops._activations import activation_value
 from slimkern.ops._tile import (
+    INTERPRETED,
     dot,
     gather_index,
     load_tile,
@@ -28,16 +29,32 @@ from slimkern.ops._tile import (
 
 
 @triton.jit
+def through_registers(x, NEEDED: tl.constexpr):
+    """``x``, rounded to the nearest tf32 in registers where that is needed.
+
+    Since Hopper, matrix units want tf32 operands in shared memory along the reduction. One that
+    lies across it would be copied there in pieces of 4 bytes; one that passes through registers is
+    loaded 16 bytes at a time as it lies, and turned on its way back.
+    """
+    if NEEDED and not INTERPRETED:
+        x = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return x
+
+
+@triton.jit
 def multiply(
     acc, a_ptr, a_stride_k, mask_a, b_ptr, b_stride_k, mask_b, begin, end,
     TAIL: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    TURN_A: tl.constexpr, TURN_B: tl.constexpr,
 ):  # fmt: skip
     """``acc + A[:, begin:end] @ B[begin:end, :]``, ``BLOCK`` of the reduction at a time.
 
     ``a_ptr`` is a column of pointers to ``A[:, 0]`` and ``b_ptr`` a row of pointers to ``B[0, :]``.
     The blocks that are whole are loaded without a mask along the reduction: a mask there would cut
     16-byte loads into pieces wherever the length is no multiple of them. What is left after them
-    (``TAIL``) is one masked step.
+    (``TAIL``) is one masked step. ``TURN_A`` and ``TURN_B`` are as of `through_registers`.
     """
     positions = begin + tl.arange(0, BLOCK).to(tl.int64)
     a_pointers = a_ptr + (positions * a_stride_k)[None, :]
@@ -48,14 +65,14 @@ def multiply(
     for _ in range(whole):
         a = tl.load(a_pointers, mask=mask_a, other=0.0)
         b = tl.load(b_pointers, mask=mask_b, other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+        acc = dot(through_registers(a, TURN_A), through_registers(b, TURN_B), acc, PRECISION)
         a_pointers += a_step
         b_pointers += b_step
     if TAIL:
         left = positions + tl.cast(whole, tl.int64) * BLOCK < end
         a = tl.load(a_pointers, mask=mask_a & left[None, :], other=0.0)
         b = tl.load(b_pointers, mask=mask_b & left[:, None], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+        acc = dot(through_registers(a, TURN_A), through_registers(b, TURN_B), acc, PRECISION)
     return acc
 
 
@@ -93,12 +110,14 @@ def _product_kernel(
     TRANSPOSED: tl.constexpr, HAS_ROWS: tl.constexpr, PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, KEEPS: tl.constexpr,
     ACTIVATION: tl.constexpr, ALIGN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    TURN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One ``[BLOCK_M, BLOCK_N]`` tile of ``y = a(h) + residual``, ``h = x @ W[rows]^T + b[rows]``.
 
     ``PACKED`` says that ``w`` is ``W[rows]`` already, ``TRANSPOSED`` that neighbours in a row of
-    its memory are outputs rather than terms of a sum. ``KEEPS`` also writes ``h``.
+    its memory are outputs rather than terms of a sum. ``KEEPS`` also writes ``h``. ``TURN``: the
+    weight goes `through_registers`.
     """
     N = with_alignment(N, ALIGN)
     stride_xm = with_alignment(stride_xm, ALIGN)
@@ -118,7 +137,7 @@ def _product_kernel(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
         x_ptr + (offs_m * stride_xm)[:, None], stride_xk, mask_m[:, None],
         w_ptr + ((offs_n if PACKED else rows) * stride_wn)[None, :], stride_wk, mask_n[None, :],
-        0, K, TAIL, BLOCK_K, PRECISION,
+        0, K, TAIL, BLOCK_K, PRECISION, False, TURN,
     )  # fmt: skip
 
     acc += load_bias(b_ptr, rows, mask_n, HAS_BIAS)
@@ -181,10 +200,13 @@ def _product_dw_kernel(
     gy_ptr, x_ptr, out_ptr,
     M, R, C, chunk,
     stride_gm, stride_gr, stride_xm, stride_xc, stride_os, stride_on,
-    ALIGN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr, TURN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One ``[BLOCK_R, BLOCK_C]`` tile of ``grad_y^T @ x`` over the tokens of one slice."""
+    """One ``[BLOCK_R, BLOCK_C]`` tile of ``grad_y^T @ x`` over the tokens of one slice.
+
+    ``TURN``: both operands go `through_registers`.
+    """
     R = with_alignment(R, ALIGN)
     C = with_alignment(C, ALIGN)
     stride_gm = with_alignment(stride_gm, ALIGN)
@@ -202,7 +224,7 @@ def _product_dw_kernel(
         tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32),
         gy_ptr + (offs_r * stride_gr)[:, None], stride_gm, mask_r[:, None],
         x_ptr + (offs_c * stride_xc)[None, :], stride_xm, mask_c[None, :],
-        begin, tl.minimum(begin + chunk, M), TAIL, BLOCK_M, PRECISION,
+        begin, tl.minimum(begin + chunk, M), TAIL, BLOCK_M, PRECISION, TURN, TURN,
     )  # fmt: skip
     store_tile(out_ptr + piece * stride_os, acc, offs_r, stride_on, mask_r, offs_c, 1, mask_c)
 

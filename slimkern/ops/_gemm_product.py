@@ -11,10 +11,12 @@ from torch import Tensor
 from slimkern.ops._gemm_configs import (
     DESCRIPTOR_TILES,
     GROUP,
+    HALF_TILES,
     describable,
     descriptor,
     has_descriptors,
     tiles_for,
+    turns,
 )
 from slimkern.ops._gemm_descriptors import _product_descriptor_kernel
 from slimkern.ops._gemm_kernels import _product_kernel
@@ -78,6 +80,12 @@ class Product:
         w = w[:K, :N] if transposed else w[:N, :K]
         return replace(self, w=w, packed=True, transposed=transposed)
 
+    def epilogue(self) -> tuple[object, ...]:
+        """What follows the sums: it takes registers and time, so that it tells a problem too."""
+        present = (self.bias is not None, self.rows is not None, self.packed, self.h is not None)
+        added = None if self.residual is None else self.residual.dtype
+        return *present, added, self.y.dtype, self.activation
+
 
 def run(p: Product) -> None:
     """Computes a product, in one launch or in two: the copy of the kept rows, and the product."""
@@ -119,22 +127,27 @@ def _by_pointers(p: Product) -> None:
             HAS_BIAS=p.bias is not None, HAS_RESIDUAL=p.residual is not None,
             KEEPS=p.h is not None, ACTIVATION=p.activation,
             ALIGN=align, TAIL=K % tile.k != 0, PRECISION=p.precision,
+            TURN=outputs_adjoin and turns(p.x, tile, p.precision),
             BLOCK_M=tile.a, BLOCK_N=tile.b, BLOCK_K=tile.k, GROUP=GROUP,
             **launch_options(tile),
         )  # fmt: skip
 
     tiles = tiles_for(p.x, align)
+    if p.h is not None and capability(p.x) >= 100 and tiles is HALF_TILES:
+        tiles = tiles[1:]  # sums read back from tensor memory, written twice: no registers for it
     tile = choose_tile(tiles, bucket(M), N)
-    sizes = (bucket(M), N, K, align, outputs_adjoin, p.precision)
+    sizes = (bucket(M), N, K, align, outputs_adjoin, p.precision, *p.epilogue())
     attempt(fastest("product", sizes, p.x, tiles, tile, attempt))
 
 
 def _by_descriptors(p: Product) -> None:
     (M, N), K = p.y.shape, p.x.shape[1]
     stores = describable(p.y)
+    # Sums that are read back from tensor memory take registers beside those of the epilogue.
+    unsplit = 32 if capability(p.x) >= 100 else 128
 
     def attempt(tile: Tile) -> None:
-        split = tile.b > 128
+        split = tile.b > unsplit
         width = tile.b // 2 if split else tile.b
         programs = min(triton.cdiv(M, tile.a) * triton.cdiv(N, tile.b), processors(p.x))
         launch(_product_descriptor_kernel, (programs,), p.x)(
@@ -151,11 +164,13 @@ def _by_descriptors(p: Product) -> None:
         )  # fmt: skip
 
     # Registers: the largest tiles have none left for the addresses of what they store, and the
-    # widest none for an activation where sums are read back from tensor memory. Shared memory: a
-    # tile of a float32 residual takes as much as two stages of operands.
+    # widest none for an activation where sums are read back from tensor memory, or where the weight
+    # lies across the reduction. Shared memory: a tile of a float32 residual takes as much as two
+    # stages of operands.
+    narrower = capability(p.x) >= 100 or (p.transposed and p.activation != "none")
     wide = p.residual is not None and p.residual.element_size() > 2
-    first = 2 if wide or not stores else 1 if capability(p.x) >= 100 else 0
+    first = 2 if wide or not stores else 1 if narrower else 0
     tiles = DESCRIPTOR_TILES[first:]
     tile = choose_tile(tiles, bucket(M), N)
-    sizes = (bucket(M), N, K, p.transposed, stores)
+    sizes = (bucket(M), N, K, p.transposed, stores, *p.epilogue())
     attempt(fastest("product by descriptors", sizes, p.x, tiles, tile, attempt))

@@ -17,6 +17,7 @@ from slimkern.ops._gemm_configs import (
     descriptor,
     has_descriptors,
     tiles_for,
+    turns,
 )
 from slimkern.ops._gemm_descriptors import _dw_descriptor_kernel
 from slimkern.ops._gemm_kernels import _gather_kernel, _product_dw_kernel, _scatter_sum_kernel
@@ -198,13 +199,15 @@ def _run_dw(gy: Tensor, x: Tensor, rows: Tensor | None, cols: Tensor | None, gra
                 gy, x, part,
                 M, R, C, chunk,
                 *gy.stride(), *x.stride(), *part.stride()[:2],
-                ALIGN=align, TAIL=M % tile.k != 0, PRECISION=exactness, **options,
+                ALIGN=align, TAIL=M % tile.k != 0, PRECISION=exactness,
+                TURN=turns(x, tile, exactness), **options,
             )  # fmt: skip
         if not direct:
             scatter_sum(part, R, C, rows, cols, grad)
 
     tile = choose_tile(tiles, R, C, slices=splits(1, triton.cdiv(bucket(M), tiles[0].k)))
-    sizes = (bucket(M), R, C, align, by_descriptor, exactness)
+    spread = (rows is None, cols is None, grad.dtype)
+    sizes = (bucket(M), R, C, align, by_descriptor, exactness, *spread)
     attempt(fastest("gradient of a weight", sizes, x, tiles, tile, attempt))
 
 

@@ -2,7 +2,8 @@
 
 Triton looks at each argument of each launch to find out which of a kernel's compiled variants fits.
 What it looks at are types, sizes and the alignment of addresses. Launches repeat for every step and
-layer of a model, so the variant found is kept here under those same properties.
+layer of a model, so the variant found is kept here under those same properties: of a number whether
+it is one, a multiple of 16 or neither, so that sizes which change with each batch are found too.
 """
 
 from __future__ import annotations
@@ -16,21 +17,29 @@ import triton
 from torch import Tensor
 from triton import JITFunction
 
+from slimkern.ops._tile import ON_AMD
+
 # Before Triton 3.3 a compiled kernel took the arguments that were not constants to it, and no
 # others: which those are is left to Triton there.
 _REMEMBERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-_MOST = 16384  # launches remembered; a program with more shapes than that starts over
+_MOST = 1024  # launches remembered; a program with more variants than that starts over
 _found: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _kind(argument: Any) -> Any:
     """What Triton may specialize a kernel for."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
+        # On AMD GPUs there are variants for tensors whose offsets fit in 32 bits.
+        small = not ON_AMD or argument.untyped_storage().nbytes() < 1 << 31
+        return argument.dtype, argument.data_ptr() % 16 == 0, small
     if isinstance(argument, tuple):
         return tuple(map(_kind, argument))
-    if argument is None or isinstance(argument, int):
+    if argument is None or isinstance(argument, bool):
         return argument
+    if isinstance(argument, int):
+        if -(1 << 31) <= argument < 1 << 31:
+            return 1 if argument == 1 else 16 * (argument % 16 == 0)
+        return int, argument % 16 == 0, argument >= 1 << 63
     if isinstance(argument, float):
         return float  # any value: float32 in every variant
     return argument.base.dtype, *argument.block_shape  # a tensor descriptor

@@ -86,13 +86,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 class Tile(NamedTuple):
-    """One configuration of a tiled kernel: an ``a x b`` output tile, reduced ``k`` at a time."""
+    """One configuration of a tiled kernel: an ``a x b`` output tile, reduced ``k`` at a time.
+
+    ``registers`` is the most that a thread takes on NVIDIA GPUs, 0 where that is left to the
+    assembler. It aims at a number of programs per multiprocessor, and spills a few registers to get
+    there; told a limit, it takes what it needs below that.
+    """
 
     a: int
     b: int
     k: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 # Types whose products are exact in float32, and float32 itself.
@@ -160,12 +166,14 @@ def alignment(*sizes: int) -> int:
 
 
 def launch_options(tile: Tile) -> dict[str, int]:
-    """``num_warps`` and ``num_stages`` of a launch.
+    """``num_warps`` and ``num_stages`` of a launch, and its limit of registers where it has one.
 
     An AMD compute unit has 64 KiB of local memory, so its pipeline is two stages deep.
     """
-    stages = min(tile.stages, 2) if ON_AMD else tile.stages
-    return {"num_warps": tile.warps, "num_stages": stages}
+    if ON_AMD:
+        return {"num_warps": tile.warps, "num_stages": min(tile.stages, 2)}
+    limit = {"maxnreg": tile.registers} if tile.registers else {}
+    return {"num_warps": tile.warps, "num_stages": tile.stages} | limit
 
 
 @lru_cache

@@ -172,7 +172,7 @@ _FLOAT_TILES = (
     Tile(16, _OUTPUTS, 16, warps=4, stages=4),
 )
 # A tile that is masked as it is loaded has its bits in registers too.
-_HALF_LOADED_TILES = (Tile(64, _OUTPUTS, 64, 8, stages=4), Tile(16, _OUTPUTS, 32, 8, stages=4))
+_HALF_LOADED_TILES = (Tile(64, _OUTPUTS, 64, 8, stages=4), Tile(32, _OUTPUTS, 32, 8, stages=4))
 _FLOAT_LOADED_TILES = _FLOAT_TILES[1:]
 _HALF_DW_TILES = (
     Tile(_OUTPUTS, 256, 32, warps=8, stages=3),

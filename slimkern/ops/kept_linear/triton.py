@@ -156,6 +156,7 @@ def kept_linear_dw(
 
 def kept_sums(sums: Tensor, rows: list[Index], N: int, dtype: torch.dtype) -> list[Tensor]:
     """sums [R'] -> a gradient [N] in ``dtype`` for each of ``rows``: zero where nothing is kept."""
+    sums = sums.contiguous()  # columns of what is spread adjoin
     found, at = [], 0
     for r in rows:
         count = N if r is None else r.shape[0]
@@ -171,10 +172,13 @@ def joined_heads(grads: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tenso
     """Three grads [B, heads, T, d] -> side by side [B T, 3 heads d] in ``dtype``; sums over rows.
 
     Raises:
-        TypeError: a dtype other than float32, float16 or bfloat16.
+        TypeError: a dtype other than float32, float16 or bfloat16, or several of them.
     """
     q, k, v = grads
     check_dtype("grads", q)
+    if not q.dtype == k.dtype == v.dtype:
+        given = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        raise TypeError(f"grads have dtypes {given}; backend 'triton' accepts one for all")
     B, H, T, d = q.shape
     M, width = B * T, 3 * H * d
     out = torch.empty((M, width), dtype=dtype, device=q.device)

@@ -41,6 +41,7 @@ def _products(meta: Meta, dtype: str, kept: int, full: bool, narrow: str) -> Ite
     x, w, up, gy = make(M, K), make(kept, K), make(kept, K), make(M, kept)
     calls = {
         "product": partial(_gemm.product, x, w, make(kept), activation="gelu"),
+        "product, turned": partial(_gemm.product, x, make(K, kept).t(), activation="gelu"),
         "product back": partial(_gemm.product, gy, make(K, kept), make(K), residual=x),
         "product of few tokens": partial(_gemm.product, make(63, K), w, make(kept)),
         "gated": partial(_gemm.gated_product, x, w, up, make(kept), make(kept), activation="silu"),
@@ -62,6 +63,13 @@ def _epilogues(meta: Meta) -> Iterator[Case]:
     yield Case("product of kept rows, residual", "fp16", residual)
     for name in ACTIVATIONS:
         yield Case(f"product, {name}", "fp16", partial(product, activation=name), True)
+    kept = partial(_gemm.product, x, w, bias, activation="gelu", keep_input=True)
+    yield Case("product, both kept", "fp16", kept, True)
+    for dtype in ("fp16", "bf16"):
+        yield from _wide(meta, dtype)
+    gate, bias = meta(KEPT, K), meta(KEPT)
+    gelu = partial(_gemm.gated_product, x, gate, gate, bias, bias, activation="gelu")
+    yield Case("gated, gelu", "fp16", gelu, True)
     pairs = partial(
         _gemm.grouped_products,
         [meta(M, 312), meta(M, 616)],
@@ -69,6 +77,23 @@ def _epilogues(meta: Meta) -> Iterator[Case]:
         [meta(K), None],
     )
     yield Case("grouped", "fp16", pairs)
+
+
+def _wide(meta: Meta, dtype: str) -> Iterator[Case]:
+    """Sums of halves that are added to float32, or kept in it: gradients of float32 models."""
+    from slimkern.ops import _gemm
+
+    gy, w, out = meta(M, KEPT, dtype=dtype), meta(KEPT, K, dtype=dtype), meta(M, K, dtype="fp32")
+    turned = partial(_gemm.product, gy, w.t(), out=out)
+    full = dtype != "fp16"
+    added = partial(turned, residual=out)
+    yield Case(f"product, float32 residual and result {dtype}", dtype, added, full)
+    yield Case(f"product, float32 result {dtype}", dtype, turned, full)
+    straight = partial(_gemm.product, gy, meta(K, KEPT, dtype=dtype), meta(K, dtype=dtype))
+    straight = partial(straight, residual=out)
+    yield Case(f"product, float32 residual {dtype}", dtype, straight, True)
+    both = partial(straight, out=out, activation="gelu", keep_input=True)
+    yield Case(f"product, float32 residual and result, both kept {dtype}", dtype, both, True)
 
 
 def _copies(meta: Meta) -> Iterator[Case]:
