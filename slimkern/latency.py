@@ -66,7 +66,8 @@ def measure_latency(
         rounds: timed rounds, at least 3; the fastest counts.
         cache: the folder of measured tables; ``latency`` in the user's cache by default. A table
             is found again for the same model structure, levels, ``key``, threads, machine,
-            versions and precision; then nothing is timed.
+            versions and precision; then nothing is timed. One in which no width gains anything is
+            not kept: a busy machine, or a model too small to time.
         key: what else decides the time: batch and tokens at least.
         progress: called with (copies timed, copies in all), while measuring.
 
@@ -91,8 +92,15 @@ def measure_latency(
         return known
     dense, seconds = _measure(model, call, wanted, threads, rounds, progress)
     costs = _costs(groups, wanted, dense, seconds)
-    latency_cache.write(path, question, costs)
+    if _tells(costs):
+        latency_cache.write(path, question, costs)
     return costs
+
+
+def _tells(costs: Costs) -> bool:
+    """Whether some width gains something, where there is more than one."""
+    tables = [table.values() for table in costs.tables.values() if len(table) > 1]
+    return not tables or any(max(seconds) > min(seconds) for seconds in tables)
 
 
 def monotone(values: Sequence[float]) -> list[float]:

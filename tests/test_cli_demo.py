@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from latency_cases import count_time
 from tiny_training import write_model, write_pairs
 from typer.testing import CliRunner
 
@@ -106,7 +107,8 @@ def test_both_methods_in_one_folder(tiny, tmp_path):
     assert not (home / "gradual").exists()
 
 
-def test_a_family(tiny, tmp_path):
+def test_a_family(tiny, tmp_path, monkeypatch):
+    count_time(monkeypatch, tmp_path / "latency")
     done = demo(tmp_path / "demo", "--family", "1.01")
     assert done.exit_code == 0, done.output
     results = read(tmp_path / "demo")

@@ -112,6 +112,19 @@ def test_the_cache_lies_in_the_users_cache_folder(bert, clock, tmp_path, monkeyp
     assert len(list((tmp_path / "slimkern" / "latency").iterdir())) == 1
 
 
+def test_a_table_that_tells_nothing_is_not_kept(bert, clock, tmp_path):
+    model, groups = bert
+    clock.of_width = lambda kind, width: 1.0
+    levels = all_levels(groups)
+    flat = measure_latency(model, groups, Forward, levels=levels, cache=tmp_path)
+    assert flat.total({g.name: min(levels[g.name]) for g in groups}) == flat.total({})
+    assert list(tmp_path.iterdir()) == []
+    clock.of_width = straight
+    told = measure_latency(model, groups, Forward, levels=levels, cache=tmp_path)
+    assert told.total({}) > told.fixed
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_cache_that_cannot_be_written_is_told_before_anything_is_timed(bert, tmp_path):
     model, groups = bert
     (tmp_path / "file").write_text("")
