@@ -133,8 +133,11 @@ def _by_pointers(p: Product) -> None:
         )  # fmt: skip
 
     tiles = tiles_for(p.x, align)
-    if p.h is not None and capability(p.x) >= 100 and tiles is HALF_TILES:
-        tiles = tiles[1:]  # sums read back from tensor memory, written twice: no registers for it
+    # Sums that are written twice: the largest tile has no registers for a residual's addresses too,
+    # nor for sums that are read back from tensor memory.
+    crowded = p.h is not None and (p.residual is not None or capability(p.x) >= 100)
+    if crowded and tiles is HALF_TILES:
+        tiles = tiles[1:]
     tile = choose_tile(tiles, bucket(M), N)
     sizes = (bucket(M), N, K, align, outputs_adjoin, p.precision, *p.epilogue())
     attempt(fastest("product", sizes, p.x, tiles, tile, attempt))
