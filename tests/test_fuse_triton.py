@@ -211,6 +211,32 @@ def test_rows_behind_the_last_key_are_zeros(tokens, device, poisoned):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_layers_in_one_call(device):
+    shapes = [
+        Shape(2, 5, hidden=9, heads=2, kv_heads=2, head_dim=4, channels=6),
+        Shape(2, 5, hidden=9, heads=1, kv_heads=1, head_dim=4, channels=1, bias=False),
+        Shape(2, 5, hidden=9, heads=3, kv_heads=3, head_dim=4, channels=17, gated=True),
+    ]
+    packs = [
+        ops.pack_encoder_layer(
+            moved(cast(make_weights("encoder_layer", shape, seed=i), torch.float32), device),
+            backend="triton",
+        )
+        for i, shape in enumerate(shapes)
+    ]
+    x = make_x(shapes[0], torch.float32).to(device)
+    for mask in (None, torch.tensor([0, 4], device=device)):
+        want = x
+        for packed in packs:
+            want = ops.encoder_layer(want, packed, mask)
+        assert torch.equal(ops.encoder_stack(x, packs, mask), want)
+    tensors = [tensor for packed in packs[:2] for tensor in packed.tensors]
+    arguments = (x, tensors, [packed.spec for packed in packs[:2]], None, None, "triton")
+    checked = torch.library.opcheck(torch.ops.slimkern.encoder_stack.default, arguments)
+    assert set(checked.values()) == {"SUCCESS"}, checked
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", CALL)
 def test_opcheck(kind, device):
     shape = Shape(2, 5, hidden=9, head_dim=4, channels=6)

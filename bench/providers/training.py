@@ -23,7 +23,6 @@ from bench.work import Outputs, Setting, Work
 from slimkern.nn import MaskedLinear
 from slimkern.plan import SlimPlan
 from slimkern.report.speed_schema import PRECISIONS
-from slimkern.surgery import zero_masked_columns
 
 
 def training_providers(names: Sequence[str] | None = None) -> list[Provider]:
@@ -192,7 +191,7 @@ class SlimkernMasked(TrainingProvider):
 
         def after() -> None:
             for linear in masked:
-                zero_masked_columns(linear)
+                linear.zero_masked()
 
         return model, probes(model, plan, slim=False), after
 
